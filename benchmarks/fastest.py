@@ -42,12 +42,11 @@ from qlora_trainer.planning.memory_plan import Budget, MemoryPlan, plan_memory
 from qlora_trainer.planning.speed.candidates import Candidate, Pace, candidates
 from qlora_trainer.planning.speed.cards import TABLE, CardFigures
 from qlora_trainer.planning.speed.choice import search
-from qlora_trainer.planning.speed.rates import rates_here, rates_of_card
+from qlora_trainer.planning.speed.rates import rates_of_card
 from qlora_trainer.planning.speed.rows import full_rows
 from qlora_trainer.planning.speed.shape import count_shape
-from qlora_trainer.runs.pace import steps_to_take
+from qlora_trainer.runs.pace import pace_here
 from qlora_trainer.runs.start import start_run
-from qlora_trainer.training.determinism import cpu_workers
 from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.recovery import take_step
 from qlora_trainer.training.state import with_micro_batch, with_policy
@@ -169,8 +168,7 @@ def compare_on_cpu(model: str, rows: Path, options: argparse.Namespace) -> bool:
         config = small.replace(
             {"training.output_dir": f"{work}/run", "training.global_batch_size": batch, "training.max_steps": 10_000}
         )
-        workers = cpu_workers(config.training)
-        pace = Pace(rates_here(torch.device("cpu")), steps_to_take(config, first.prepared), workers=workers)
+        pace = pace_here(config, first.prepared, torch.device("cpu"))
         directory = first.base.directory
         first.release()
         shape = count_shape(directory, config, torch.float32)

@@ -67,10 +67,8 @@ class LoRALinear(nn.Module):
         adapted_rows = sum(part.stop - part.start for part in parts) if parts else self.out_features
         self.lora_A = _uninitialized(in_features, rank * (len(parts) or 1), device)  # weight (R, I), or (P * R, I)
         self.lora_B = _uninitialized(rank, adapted_rows, device)  # weight (O, R), or (S, R)
-        self.prepared: tuple[Switch, Sequence[Adapter]] = (
-            Switch(),
-            (),
-        )  # by worker, to be taken while the switch is on
+        # By worker, to be taken while the switch is on:
+        self.prepared: tuple[Switch, Sequence[Adapter]] = (Switch(), ())
         self.joint: tuple[LoRALinear, ...] = ()  # itself and others that always have the same input; see joint.py
 
     @classmethod

@@ -20,7 +20,7 @@ from qlora_trainer.model.device import compute_dtype_of, current_card, refuse_un
 from qlora_trainer.model.modules.packed_attention import attends_apart, cannot_be_trained, head_sizes
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton, make_empty
-from qlora_trainer.training.determinism import cpu_workers
+from qlora_trainer.training.determinism import workers_for
 from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.state import TrainState, build_state
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -108,7 +108,7 @@ def empty_run(
         fill_skeleton(model, config.model, dtype)
         add_adapters(model, config.adapter, config.training.seed)
         rows = [Example([1], [1])] * config.training.global_batch_size
-        workers = 1 if card else cpu_workers(config.training)
+        workers = workers_for(config.training, on_cpu=card is None)
         state = build_state(model, config, rows, dtype, policy, workers=workers)
     state.total_steps = max(state.total_steps, 2)  # the plan takes two
     documents = _most_costly_documents(head_sizes(model.config.get_text_config()), directory, config, dtype, card)

@@ -25,7 +25,7 @@ from qlora_trainer.planning.speed.shape import count_shape
 from qlora_trainer.planning.speed.ways import NO_LIMIT, Ways
 from qlora_trainer.runs.directory import prepare_data
 from qlora_trainer.runs.run import Run
-from qlora_trainer.training.determinism import cpu_workers
+from qlora_trainer.training.determinism import workers_for
 from qlora_trainer.training.memory.activations import Policy, choose_policy, spare_host_memory
 from qlora_trainer.training.state import Smaller, total_steps
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -69,7 +69,7 @@ def pace_here(config: RunConfig, prepared: Prepared, device: torch.device) -> Pa
     Returns:
         What the time of its steps depends on.
     """
-    workers = cpu_workers(config.training) if device.type == "cpu" else 1
+    workers = workers_for(config.training, on_cpu=device.type == "cpu")
     return Pace(rates_here(device), steps_to_take(config, prepared), workers=workers)
 
 
@@ -177,7 +177,7 @@ def pace_to_plan(
             steps = steps_to_take(config, prepare_data(config, load_tokenizer(directory), directory, progress))
         except QLoRATrainerError as error:
             note = f"The rows could not be had ({first_line(error)}); these are rows of full length."
-    workers = cpu_workers(config.training) if config.model.device == "cpu" else 1
+    workers = workers_for(config.training, on_cpu=config.model.device == "cpu")
     return Pace(rates, steps, note, workers=workers)
 
 

@@ -47,7 +47,7 @@ from qlora_trainer.runs.pace import limit_in_force, lowered_warning, pace_here, 
 from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences, with_saved_options
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.untrained_tokens import untrained_token_warnings
-from qlora_trainer.training.determinism import cpu_workers, set_up_cublas
+from qlora_trainer.training.determinism import set_up_cublas, workers_for
 from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.memory.managed_memory import paging_refusal
 from qlora_trainer.training.state import as_saved, build_state
@@ -190,7 +190,7 @@ def _assemble(
     torch.manual_seed(config.training.seed)  # for dropout; everything else has a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
-    workers = cpu_workers(config.training) if base.device.type == "cpu" else 1
+    workers = workers_for(config.training, on_cpu=base.device.type == "cpu")
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture, workers)
     state.set_memory(limit_in_force(plan, config, in_force), policy)
     if plan:

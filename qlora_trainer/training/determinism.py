@@ -103,15 +103,18 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         memory.fill_uninitialized_memory = fills
 
 
-def cpu_workers(settings: TrainingConfig) -> int:
-    """Return into how many parts a micro-batch is divided on this machine's CPU, where model and rows allow it.
+def workers_for(settings: TrainingConfig, *, on_cpu: bool) -> int:
+    """Return into how many parts a micro-batch is divided on this machine, where model and rows allow it.
 
     Args:
         settings: the config's section `training`.
+        on_cpu: the run is on a CPU; a card takes micro-batches whole.
 
     Returns:
         The number of parts.
     """
+    if not on_cpu:
+        return 1
     return min(torch.get_num_threads(), MOST_WORKERS) if settings.cpu_workers == "auto" else settings.cpu_workers
 
 

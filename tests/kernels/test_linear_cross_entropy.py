@@ -5,15 +5,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_losses import Quantized, plain_loss, value_and_gradient
 from random_tensors import normal64
 from spying import TensorSizes
 from torch import Tensor
 
 from qlora_kernels import head_rows
 from qlora_kernels.head_rows import HeadRows, head_logits
-from qlora_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
+from qlora_kernels.int8 import quantize_int8
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy, tokens_of_a_chunk
-from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from qlora_kernels.nf4 import quantize_nf4
 from qlora_kernels.products import linear
 from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_trainer.planning.live_bytes import LiveBytes
@@ -27,29 +28,6 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor,
     labels[::3] = -100
     hidden = normal64(TOKENS, WIDTH, seed=0, dtype=dtype).requires_grad_()
     return hidden, normal64(VOCABULARY, WIDTH, seed=1, dtype=dtype), labels, normal64(VOCABULARY, seed=2, dtype=dtype)
-
-
-def plain_loss(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> Tensor:
-    logits = F.linear(hidden, head, bias) * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, labels, reduction="sum")
-
-
-def value_and_gradient(loss: Any, hidden: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    leaf = hidden.detach().clone().requires_grad_()
-    value = loss(leaf, *arguments, **options)
-    (3 * value).backward()  # the incoming gradient counts
-    assert leaf.grad is not None
-    return value.detach(), leaf.grad
 
 
 OPTIONS: list[dict[str, float]] = [{}, {"softcap": 2.5}, {"logit_scale": 0.3}, {"softcap": 4.0, "logit_scale": 1.7}]
@@ -144,22 +122,6 @@ def test_step_can_be_planned_on_fake_tensors() -> None:
         loss.backward()
     assert (loss.shape, loss.dtype) == ((), torch.float32)
     assert hidden.grad is not None
-
-
-class Quantized:
-    """HeadRows over a weight of 4 or 8 bits, which notes how many elements it made at once."""
-
-    def __init__(self, weight: NF4Weight | Int8Weight) -> None:
-        self.weight, self.shape, self.made = weight, weight.shape, [0]
-
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        self.made.append((stop - start) * self.shape[1])
-        if isinstance(self.weight, NF4Weight):
-            return dequantize_nf4(self.weight, dtype, rows=slice(start, stop))
-        return dequantize_int8(self.weight, dtype, rows=slice(start, stop))
-
-    def whole(self, dtype: torch.dtype) -> Tensor:
-        return Quantized(self.weight).rows(0, self.shape[0], dtype)
 
 
 @pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])

@@ -1,20 +1,22 @@
 """The chunked loss as on a CUDA card, on tensors of a CPU that are planned for one: logits stay in 16 bits."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from plain_losses import Quantized, plain_loss
+from plain_losses import value_and_gradient as value_and_gradient_of
 from random_tensors import normal64
 from torch import Tensor
 
 from qlora_kernels import linear_cross_entropy as module
 from qlora_kernels.card import Card, planned_for
 from qlora_kernels.head_rows import DenseRows, HeadRows
-from qlora_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
+from qlora_kernels.int8 import quantize_int8
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy, tokens_of_a_chunk
-from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from qlora_kernels.nf4 import quantize_nf4
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.live_bytes import LiveBytes
 
@@ -31,17 +33,7 @@ def on_a_card() -> Iterator[None]:
         yield
 
 
-class Quantized:
-    """HeadRows over a weight of 4 or 8 bits."""
-
-    def __init__(self, weight: NF4Weight | Int8Weight) -> None:
-        self.weight, self.shape = weight, weight.shape
-
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.weight, NF4Weight):
-            return dequantize_nf4(self.weight, dtype, rows=slice(start, stop))
-        return dequantize_int8(self.weight, dtype, rows=slice(start, stop))
-
+value_and_gradient = functools.partial(value_and_gradient_of, incoming=1.0)  # any other is rounded once more
 
 HELD: dict[str, Callable[[Tensor], HeadRows]] = {
     "dense": DenseRows,
@@ -57,31 +49,6 @@ def problem(tokens: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, T
     labels[1::3] = -100
     hidden = normal64(tokens, 64, seed=0, dtype=dtype)
     return hidden, normal64(vocabulary, 64, seed=1, dtype=dtype), labels, normal64(vocabulary, seed=2, dtype=dtype)
-
-
-def plain_loss(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> Tensor:
-    """Products in the dtype of the hidden states, all else in fp32, or in fp64."""
-    logits = (hidden @ head.T).to(torch.promote_types(hidden.dtype, torch.float32))
-    logits = (logits if bias is None else logits + bias) * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, labels, reduction="sum")
-
-
-def value_and_gradient(loss: Any, hidden: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    leaf = hidden.detach().clone().requires_grad_()
-    value = loss(leaf, *arguments, **options)
-    value.backward()
-    assert leaf.grad is not None
-    return value.detach(), leaf.grad
 
 
 OPTIONS: list[dict[str, float]] = [{}, {"softcap": 20.0}, {"logit_scale": 0.1}, {"softcap": 5.0, "logit_scale": 1.7}]

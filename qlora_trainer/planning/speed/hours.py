@@ -79,9 +79,10 @@ def run_hours(
         once = forward_seconds(shape, rates, pace.layout(micro_batch_tokens, rows), steps.trained)
         evaluation = once * _times(config.training.evaluate_every, taken, steps.count)
     saved = _times(config.training.save_every, taken, steps.count) + (taken == 0)
+    left = max(steps.count - taken, 0)
     return Hours(
-        count=max(steps.count - taken, 0),
-        steps=max(steps.count - taken, 0) * of_a_step,
+        count=left,
+        steps=left * of_a_step,
         evaluation=evaluation,
         samples=(TIMES_SAMPLED - (taken > 0)) * _answers(shape, pace, config),
         checkpoints=saved * UPDATE_BYTES * shape.adapters / DISK,
