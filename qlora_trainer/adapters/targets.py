@@ -7,7 +7,7 @@ familiar list match half of what was meant. Experts are no targets (model/module
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import nn
@@ -61,6 +61,21 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
             raise AdapterError(f"adapter.target_modules={target_modules} {_matches_nothing(candidates, names)}{hint}")
         return found
     return _matching(model, target_modules, candidates, names)
+
+
+def target_names(model: nn.Module, adapted: Sequence[str]) -> list[str]:
+    """Find the shortest names that PEFT resolves to exactly the adapted layers.
+
+    Args:
+        model: with its adapters.
+        adapted: paths of the adapted layers.
+
+    Returns:
+        The last parts of the paths if no other layer has them, else the paths; sorted.
+    """
+    ends = {path.rsplit(".", 1)[-1] for path in adapted}
+    matched = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in ends]
+    return sorted(ends) if sorted(matched) == sorted(adapted) else sorted(adapted)
 
 
 def _matching(model: nn.Module, pattern: str, candidates: list[str], names: list[str]) -> list[str]:

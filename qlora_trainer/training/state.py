@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_trainer.adapters.inject import lora_layers, trainable_parameters
+from qlora_trainer.adapters.inject import lora_layers
 from qlora_trainer.adapters.joint import with_stacks_together
 from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.trainable import trainable_parameters
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture

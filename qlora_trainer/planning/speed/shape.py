@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.modules.experts import SplitExperts
@@ -81,7 +82,7 @@ def count_shape(directory: ModelDirectory, config: RunConfig, dtype: torch.dtype
         tiled += inputs * outputs * (of_expert is None and getattr(text, "intermediate_size", 0) in (inputs, outputs))
         between += share * (inputs + outputs)
         if path in adapted:
-            adapters += config.adapter.rank * (inputs + outputs)
+            adapters += adapter_kind(config.adapter).layer_numbers(config.adapter, inputs, outputs)
             between += inputs + 3 * outputs  # read for A; what B gives is read, and added to the output
     sizes = head_sizes(text)
     width = sizes[0] * sizes[2] if sizes else text.hidden_size
