@@ -16,12 +16,13 @@ from qlora_kernels.side_by_side import worker_number
 from qlora_trainer.common.errors import TrainingError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching import packing
+from qlora_trainer.model.modules.decoder_layers import decoder_layers
 from qlora_trainer.planning.empty_run import empty_run
 from qlora_trainer.planning.step_memory import GRADIENTS, WORKSPACE, persistent_tensors
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.loop import measure_eval
-from qlora_trainer.training.memory.activations import Policy, decoder_layers
+from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.recovery import take_step
 from qlora_trainer.training.step import accumulate_gradients
 from qlora_trainer.weights.model_directory import ModelDirectory

@@ -15,12 +15,12 @@ import dataclasses
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from qlora_kernels.host_copy import pinned_bytes
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.machine import host_memory
 from qlora_trainer.config.schema import TrainingConfig
+from qlora_trainer.model.modules.decoder_layers import decoder_layers
 from qlora_trainer.model.modules.nf4_linear import share_workspaces
 from qlora_trainer.training.memory.offload import OffloadedInputs, RecomputedLayer
 from qlora_trainer.training.patches import tile_mlps
@@ -163,17 +163,3 @@ def spare_host_memory() -> int:
         Bytes.
     """
     return int(host_memory().available * HOST_SHARE)
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """List a transformers model's decoder layers in order.
-
-    Args:
-        model: of transformers.
-
-    Returns:
-        The layers; none where they are not one list of the config's length.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    return list(lists[0]) if lists else []

@@ -12,11 +12,12 @@ from torch import Tensor
 from qlora_kernels.host_copy import HostCopy
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.modules.decoder_layers import decoder_layers
 from qlora_trainer.planning.empty_run import ASSUMED_CARD, longest_pack
 from qlora_trainer.planning.step_memory import HOST, track_steps
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.training import patches as patched_modules
-from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy, decoder_layers
+from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.training.memory.offload import KeptInput
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import train_step
