@@ -140,16 +140,15 @@ class FileConfig(BaseModel, ABC):
         Returns:
             The differences.
         """
-        if self.kind != wanted.kind:
-            return {"adapter.kind": (self.kind, wanted.kind)}
-        return {key: pair for key, pair in self.settings_of(wanted).items() if pair[0] != pair[1]}
+        pairs = {"adapter.kind": (self.kind, wanted.kind), **self.settings_of(wanted)}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
     @abstractmethod
     def settings_of(self, wanted: AdapterConfig) -> Differences:
         """Put the settings that concern an adapter of this kind next to a run's.
 
         Args:
-            wanted: the run's section `adapter`, of the same kind.
+            wanted: the run's section `adapter`, of any kind.
 
         Returns:
             Pairs, equal or not.

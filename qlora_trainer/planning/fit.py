@@ -11,6 +11,7 @@ import dataclasses
 
 import torch
 
+from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.common.errors import InsufficientMemoryError
 from qlora_trainer.common.machine import host_memory
 from qlora_trainer.common.progress import Progress, silent
@@ -244,7 +245,8 @@ def check_fits(
         raise InsufficientMemoryError(f"{found} It fits with {settings}.")
     unused = {key: value for key, value in STEPS if plan.options[key] not in (value, "4bit")}
     others = f", set {options_in_words(unused)}" if unused else ""
-    raise InsufficientMemoryError(f"{found} No row length fits. Choose a smaller base{others}, or lower adapter.rank.")
+    lower = adapter_kind(config.adapter).size
+    raise InsufficientMemoryError(f"{found} No row length fits. Choose a smaller base{others}, or lower {lower}.")
 
 
 def _settings_to_fit(directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress) -> str | None:

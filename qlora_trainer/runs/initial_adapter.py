@@ -6,9 +6,10 @@ another program only names a base, which may be the same under another name: a d
 
 from pathlib import Path
 
+from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.adapters.peft_format import StoredAdapter
-from qlora_trainer.adapters.targets import find_targets, target_names
 from qlora_trainer.common.errors import AdapterError
+from qlora_trainer.common.units import counted
 from qlora_trainer.config.override import override
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.empty import empty_model
@@ -28,14 +29,24 @@ def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDi
     Raises:
         AdapterError: they differ; the message lists the settings to change.
     """
-    changes = [override(key, found) for key, (found, _) in initial.config.differences(config.adapter).items()]
-    model = empty_model(directory)
-    if set(initial.paths) != set(find_targets(model, config.adapter.target_modules)):
-        changes.append(override("adapter.target_modules", list(target_names(model, initial.paths))))
+    differences = initial.config.differences(config.adapter)
+    changes = {key: found for key, (found, _) in differences.items()}
+    kind = adapter_kind(config.adapter)
+    if initial.config.kind == kind.name:
+        model = empty_model(directory)
+        targets = kind.target_paths(model, config.adapter)
+        if set(initial.paths) != set(targets):
+            changes |= kind.targets_as_settings(model, initial.paths)
+            if not changes:
+                raise AdapterError(
+                    f"The adapter {config.adapter.init_from} has {counted(len(initial.paths), 'adapted module')}, such "
+                    f"as {initial.paths[0]}, and this model would have {len(targets)}, such as {targets[0]}: it was "
+                    "made for another architecture. Take the base that it was trained on."
+                )
     if changes:
         raise AdapterError(
             f"The adapter {config.adapter.init_from} was made with other settings than this config has. To start from "
-            f"it, set {' '.join(changes)}."
+            f"it, set {' '.join(override(*change) for change in changes.items())}."
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.common.atomic import new_directory, refuse_existing
 from qlora_trainer.common.cache import user_cache
@@ -201,7 +202,8 @@ def _assemble(
     if chosen:
         warnings.append(
             f"This run fits only with memory-efficient options, and has {options_in_words(chosen)}; its config.yaml "
-            "keeps them. For others, set these keys, shorten data.max_length, or lower adapter.rank."
+            "keeps them. For others, set these keys, shorten data.max_length, or lower "
+            f"{adapter_kind(config.adapter).size}."
         )
     if names := named_as_experts(base.model, adapted):
         warnings.append(
@@ -228,7 +230,7 @@ def _unpaged_warnings(config: RunConfig, device: torch.device, progress: Progres
     return [
         f"The optimizer's state is not paged and stays on the card: {refusal}. It trains the same, but the "
         "state cannot move to the host where the card is full. If memory runs out, start a run with a lower "
-        f"adapter.rank{narrower}."
+        f"{adapter_kind(config.adapter).size}{narrower}."
     ]
 
 

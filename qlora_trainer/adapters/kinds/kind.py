@@ -14,7 +14,32 @@ class AdapterKind(ABC):
     """Describe a kind of adapter; one object of a subclass in each file of this folder."""
 
     name: ClassVar[str]  # the value of adapter.kind
+    size: ClassVar[str]  # the setting to lower for a smaller adapter, such as adapter.rank
     merges: ClassVar[bool] = True  # into plain weights; what does not stays in the forward pass
+
+    @abstractmethod
+    def target_paths(self, model: nn.Module, settings: AdapterConfig) -> list[str]:
+        """Find the modules that the settings choose to adapt, without adapting them.
+
+        Args:
+            model: without adapters, also one without memory.
+            settings: the config's section `adapter`.
+
+        Returns:
+            Their paths, in the model's order.
+        """
+
+    def targets_as_settings(self, model: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
+        """Say which settings would adapt these modules.
+
+        Args:
+            model: without adapters.
+            paths: of modules.
+
+        Returns:
+            Values by the config's keys; none where no setting names modules.
+        """
+        return {}
 
     @abstractmethod
     def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
@@ -53,12 +78,12 @@ class AdapterKind(ABC):
 
     @abstractmethod
     def layer_numbers(self, settings: AdapterConfig, inputs: int, outputs: int) -> int:
-        """Count the numbers that multiply each token at an adapted layer, for the estimate of a step's time.
+        """Count the numbers that multiply each token at an adapted module, for the estimate of a step's time.
 
         Args:
             settings: the config's section `adapter`.
-            inputs: I, features.
-            outputs: O, features.
+            inputs: I, features of a linear layer; of any other module the hidden size.
+            outputs: O, features, likewise.
 
         Returns:
             The count.

@@ -20,6 +20,31 @@ class LoraKind(AdapterKind):
     """Put LoRALinear in the place of linear layers."""
 
     name: ClassVar[str] = "lora"
+    size: ClassVar[str] = "adapter.rank"
+
+    def target_paths(self, model: nn.Module, settings: AdapterConfig) -> list[str]:
+        """Find the linear layers that are adapted; targets that match nothing are refused by an AdapterError.
+
+        Args:
+            model: any, of transformers or not.
+            settings: the config's section `adapter`.
+
+        Returns:
+            Their paths.
+        """
+        return find_targets(model, settings.target_modules)
+
+    def targets_as_settings(self, model: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
+        """Say which targets these layers are.
+
+        Args:
+            model: without adapters.
+            paths: of linear layers.
+
+        Returns:
+            Values by the config's keys.
+        """
+        return {"adapter.target_modules": target_names(model, paths)}
 
     def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
         """Wrap the targets, with lora_A drawn in fp32 on the CPU, so that it is the same on every device.
@@ -34,7 +59,7 @@ class LoraKind(AdapterKind):
         Returns:
             The paths of the adapted layers.
         """
-        paths = find_targets(model, settings.target_modules)
+        paths = self.target_paths(model, settings)
         parts = trained_rows(model, paths, settings.fused_parts)
         generator = torch.Generator().manual_seed(seed)
         dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.adapters.kinds.table import adapter_kind
-from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.modules.experts import SplitExperts
-from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
+from qlora_trainer.model.modules.nf4_linear import is_linear, is_transposed, linear_layers
 from qlora_trainer.model.modules.packed_attention import head_sizes
 from qlora_trainer.planning.skeleton import build_skeleton
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -37,7 +36,7 @@ class Shape:
     stored: int  # numbers of the layers in NF4: I x O
     active: float  # of these, those that one token is multiplied by: of experts, the chosen ones
     tiled: int  # of these, those of MLPs, which tiles expand again
-    adapters: int  # numbers of the adapters: R x (I + O)
+    adapters: int  # numbers of the adapters that multiply a token: of LoRA R x (I + O)
     between: float  # numbers that one token's forward reads and writes between products
     itemsize: int  # bytes of a number that is computed with
 
@@ -69,7 +68,8 @@ def count_shape(directory: ModelDirectory, config: RunConfig, dtype: torch.dtype
     model = build_skeleton(directory, layers=period)
     text = model.config.get_text_config()
     experts = {path: module for path, module in model.named_modules() if isinstance(module, SplitExperts)}
-    adapted = set(find_targets(model, config.adapter.target_modules))
+    kind = adapter_kind(config.adapter)
+    adapted = set(kind.target_paths(model, config.adapter))
     stored = tiled = adapters = 0
     active = between = 0.0
     for path, layer in linear_layers(model).items():
@@ -82,8 +82,12 @@ def count_shape(directory: ModelDirectory, config: RunConfig, dtype: torch.dtype
         tiled += inputs * outputs * (of_expert is None and getattr(text, "intermediate_size", 0) in (inputs, outputs))
         between += share * (inputs + outputs)
         if path in adapted:
-            adapters += adapter_kind(config.adapter).layer_numbers(config.adapter, inputs, outputs)
+            adapters += kind.layer_numbers(config.adapter, inputs, outputs)
             between += inputs + 3 * outputs  # read for A; what B gives is read, and added to the output
+    # Attention and MLPs that are adapted whole: their output is read, and read again to be added to.
+    whole = sum(not is_linear(model.get_submodule(path)) for path in adapted)
+    adapters += whole * kind.layer_numbers(config.adapter, text.hidden_size, text.hidden_size)
+    between += whole * 4 * text.hidden_size
     sizes = head_sizes(text)
     width = sizes[0] * sizes[2] if sizes else text.hidden_size
     times = len(kinds) // period if len(kinds) % period == 0 else len(kinds) / period
