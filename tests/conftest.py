@@ -171,6 +171,8 @@ def tiny_config(tmp_path: Path, tiny_llama: Path, rows: Path) -> Callable[..., R
             },
             "evaluation": {"samples": 2, "max_new_tokens": 4},
         }
+        if "kind" in changes.get("adapter", {}):
+            raw["adapter"] = {}  # other kinds have no rank
         for section, fields in changes.items():
             raw[section] = {**raw.get(section, {}), **fields}
         return make_config(raw)

@@ -10,7 +10,7 @@ Works on any nn.Module with linear layers, so that it can be used as a library, 
 Left out: what a kind of adapter puts on a model (kinds/), and what trains (trainable.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,10 @@ def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tens
     """
     named = {id(module.get_parameter("bias")) for _, module in biased_modules(model, bias)}
     state = adapter_state_dict(model)
-    if named != {id(parameter) for name, parameter in trainable_parameters(model) if name.endswith(".bias")}:
+    of_base = _biases_of_base(model)
+    if named != set(of_base.values()):
         raise AdapterError(
-            f"The model trains under the bias mode {_bias_mode(state)}, and its state was asked for under {bias}."
+            f"The model trains under the bias mode {_bias_mode(of_base)}, and its state was asked for under {bias}."
         )
     return state
 
@@ -98,10 +99,12 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     parameters = dict(trainable_parameters(model))
     missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
-    if (missing or unknown) and all(name.endswith(".bias") for name in missing + unknown):
+    owners, of_base = _owners(model), _biases_of_base(model)
+    if (missing or unknown) and all(name in of_base for name in missing) and all(n.endswith(".bias") for n in unknown):
+        saved = _bias_mode(name for name in tensors if name in of_base or name not in parameters)
         raise AdapterError(
-            f"The adapter was saved under the bias mode {_bias_mode(tensors)}, and the model trains under "
-            f"{_bias_mode(parameters)}. Set adapter.bias={_bias_mode(tensors)}."
+            f"The adapter was saved under the bias mode {saved}, and the model trains under "
+            f"{_bias_mode(of_base)}. Set adapter.bias={saved}."
         )
     if missing or unknown:
         parts = [f"{counted(len(missing), 'tensor')} missing, such as {missing[0]}"] if missing else []
@@ -110,7 +113,6 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"The adapter does not fit the model and settings: {'; '.join(parts)}. It was made for other targets, or "
             "another architecture."
         )
-    owners = _owners(model)
     values: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         owner = owners.get(id(parameter))
@@ -155,7 +157,14 @@ def _owners(model: nn.Module) -> dict[int, tuple[AdapterModule, str]]:
     }
 
 
-def _bias_mode(names: Mapping[str, object]) -> BiasMode:
+def _biases_of_base(model: nn.Module) -> dict[str, int]:
+    """Return the ids of the base's biases that train, by PEFT's names."""
+    own = _owners(model).keys()
+    named = ((name, id(parameter)) for name, parameter in trainable_parameters(model) if name.endswith(".bias"))
+    return {name: key for name, key in named if key not in own}
+
+
+def _bias_mode(names: Iterable[str]) -> BiasMode:
     """Return the narrowest mode that trains what has these names."""
     biases = [name for name in names if name.endswith(".bias")]
     if not biases:

@@ -84,7 +84,7 @@ class JointForward:
             outputs = _Outputs(layers)
             for place, name in enumerate(names):
                 given[name] = _InPlaceOf(layers.layers[place], functools.partial(outputs.take, place))
-        return self.function(_with_children(self.module, given), *arguments, **named)
+        return self.function(with_children(self.module, given), *arguments, **named)
 
 
 class _Outputs:
@@ -170,20 +170,20 @@ def with_stacks_together(
     """Order the adapters' parameters so that the A's of layers over one input follow each other.
 
     Args:
-        named: A's and B's of the layers, by name.
+        named: A's and B's of the layers, by name, and what else trains, which comes after them.
         adapted: the layers, in the model's order.
 
     Returns:
         The same ones.
     """
-    names = {id(parameter): name for name, parameter in named}
+    names = {id(parameter): (name, parameter) for name, parameter in named}
     order: list[Any] = []
     for layer in adapted:
         together = layer.joint or (layer,)
         if layer is together[0]:
             order += [one.lora_A.weight for one in together] + [one.lora_B.weight for one in together]
-    assert len(order) == len(names), "each layer is joint with those that name it"
-    return [(names[id(parameter)], parameter) for parameter in order]
+    first = [names.pop(id(parameter)) for parameter in order]
+    return [*first, *names.values()]
 
 
 def over_one_input(module: nn.Module, function: Callable[..., Any], layers: Mapping[str, nn.Module]) -> list[list[str]]:
@@ -218,7 +218,7 @@ def over_one_input(module: nn.Module, function: Callable[..., Any], layers: Mapp
     with with_real_tensors(), torch.no_grad():
         x = torch.zeros(1, TOKENS_TRIED, next(iter(facts.values()))[0])
         with contextlib.suppress(*ERRORS_OF_A_CALL):  # it goes as far as it can
-            function(_with_children(module, stubs), x, **{p.name: None for p in needed})
+            function(with_children(module, stubs), x, **{p.name: None for p in needed})
     groups: dict[tuple[int, int], list[str]] = {}
     names = [name for _, _, name in called]
     for given, version, name in called:
@@ -227,8 +227,16 @@ def over_one_input(module: nn.Module, function: Callable[..., Any], layers: Mapp
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _with_children(module: nn.Module, children: Mapping[str, Any]) -> nn.Module:
-    """Return a module that has the same attributes, but for some children; it is thrown away after one call."""
+def with_children(module: nn.Module, children: Mapping[str, Any]) -> nn.Module:
+    """Return a module that has the same attributes, but for some children; it is thrown away after one call.
+
+    Args:
+        module: stays as it is.
+        children: what is called in their place, by name.
+
+    Returns:
+        The other module.
+    """
     other = object.__new__(type(module))
     vars(other).update(vars(module))
     vars(other).update(children)  # found before a module's own, which it keeps elsewhere

@@ -21,6 +21,13 @@ PLAIN_OPTIONS = {
 """Values that `auto` gives memory-efficient options where memory does not need others (planning/options.py)."""
 
 
+SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
+    "lora": ("rank", "alpha", "dropout", "target_modules", "fused_parts", "use_rslora", "bias"),
+    "bottleneck": ("bottleneck_size", "activation", "placement"),
+}
+"""The settings of the section adapter that a kind has, but for those of all kinds."""
+
+
 class ModelConfig(Section):
     """Configure the frozen base."""
 
@@ -61,7 +68,11 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """Configure the adapter, which is what trains."""
 
-    kind: Literal["lora"] = Field("lora", description="Kind of adapter (LoRA, Hu et al. 2021).")
+    kind: Literal["lora", "bottleneck"] = Field(
+        "lora",
+        description="Kind of adapter. lora (Hu et al. 2021); bottleneck: a small MLP after each attention and MLP, "
+        "which stays in the forward pass (Houlsby et al. 2019).",
+    )
     rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
     alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
@@ -76,6 +87,20 @@ class AdapterConfig(Section):
         "{c_attn: [query, value]}. Each part has an adapter of this rank. Layers not named are adapted whole.",
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
+    bottleneck_size: int = Field(
+        64,
+        ge=1,
+        le=8192,
+        description="With kind bottleneck: width R of the small MLP, whose matrices are (R, H), (H, R).",
+    )
+    activation: Literal["relu", "gelu", "silu"] = Field(
+        "relu", description="With kind bottleneck: the function between its two matrices; gelu is the exact one."
+    )
+    placement: Literal["attention+mlp", "mlp", "attention"] = Field(
+        "attention+mlp",
+        description="With kind bottleneck: after which parts of a decoder layer it is put, before their output is "
+        "added to the hidden states. mlp: after everything but attention (Pfeiffer et al. 2021).",
+    )
     bias: Literal["none", "lora_only", "all"] = Field(
         "none", description="Which biases of the base train too: none, those of adapted layers, or all."
     )
@@ -109,6 +134,17 @@ class AdapterConfig(Section):
             if len(set(parts)) < len(parts):
                 raise ValueError(f"names a part of {layer} twice")
         return value
+
+    @model_validator(mode="after")
+    def _settings_of_the_kind_have_effect(self) -> "AdapterConfig":
+        of_others = {name for names in SETTINGS_OF_KIND.values() for name in names} - {*SETTINGS_OF_KIND[self.kind]}
+        fields = type(self).model_fields
+        found = [name for name in fields if name in of_others and getattr(self, name) != fields[name].get_default()]
+        if found:
+            have, them = ("has", "it") if len(found) == 1 else ("have", "them")
+            names = " and ".join(f"adapter.{name}" for name in found)
+            raise ValueError(f"{names} {have} no effect with adapter.kind={self.kind}; leave {them} out")
+        return self
 
 
 class OptimizerConfig(Section):

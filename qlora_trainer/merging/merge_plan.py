@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.adapters.folds import Fold
+from qlora_trainer.adapters.kinds.table import ADAPTER_KINDS
 from qlora_trainer.adapters.peft_format import StoredAdapter
 from qlora_trainer.common.atomic import refuse_existing, remove_leftovers
 from qlora_trainer.common.errors import MergeError
@@ -129,6 +130,24 @@ class MergePlan:
             )
 
 
+def refuse_unmergeable(adapter: StoredAdapter) -> None:
+    """Refuse an adapter that has no place in a weight.
+
+    Args:
+        adapter: of any kind.
+
+    Raises:
+        MergeError: its kind does not merge.
+    """
+    kind = adapter.config.kind
+    if not ADAPTER_KINDS[kind].merges:
+        raise MergeError(
+            f"This adapter is of the kind {kind}, which cannot be merged: what it computes is no weight of the base, "
+            "and stays in the forward pass. Use it with its base (qlora generate, qlora evaluate), or train with "
+            "adapter.kind=lora to merge."
+        )
+
+
 def plan_merge(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.float16) -> MergePlan:
     """Decide what becomes of each tensor, and refuse a merge that cannot be made; no weight is read for it.
 
@@ -146,6 +165,7 @@ def plan_merge(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.flo
         MergeError: the inputs do not match, or weights of this dtype cannot be written.
     """
     refuse_existing(output)
+    refuse_unmergeable(inputs.adapter)
     if dtype not in OUTPUT_DTYPES:
         raise MergeError(
             f"A merged model cannot be written as {dtype_name(dtype)}; choose float16, bfloat16 or float32. (Rounding "

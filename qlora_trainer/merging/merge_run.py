@@ -34,7 +34,7 @@ from qlora_trainer.merging.measure import (
     plan_streaming,
     reference_model,
 )
-from qlora_trainer.merging.merge_plan import MergeBase, MergeInputs, plan_merge
+from qlora_trainer.merging.merge_plan import MergeBase, MergeInputs, plan_merge, refuse_unmergeable
 from qlora_trainer.merging.plain_verification import PlainCheckInputs, verify_by_transformers
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.merging.verify import (
@@ -232,6 +232,7 @@ def _verify(
 def _open_run(run_dir: Path, output: Path, dtype: torch.dtype, model: str | None, progress: Progress) -> MergeRun:
     """Read the run's adapter and plan its merge, without reading the base's weights."""
     trained = read_trained(run_dir)
+    refuse_unmergeable(trained.adapter)
     settings = trained.config.model
     name = model or settings.name
     directory = resolve_model(name, None if model else settings.revision, user_cache(), progress)

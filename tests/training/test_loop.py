@@ -1,6 +1,5 @@
 """Promises of the loop: a step is a set of rows, and a resumed run is the uninterrupted one, bit for bit."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ import torch
 from marks import slow_but
 from safetensors.torch import load_file
 from scarcity import started
-from tiny_runs import quiet
+from tiny_runs import gradients_of_one_step, quiet
 from torch import Tensor
 
 from qlora_trainer.common.errors import CheckpointError, TrainingError
@@ -29,24 +28,9 @@ Config = Callable[..., RunConfig]
 
 
 def gradient_of_one_step(config: RunConfig) -> tuple[float, Tensor]:
-    """(loss, flat gradient) of the first step, before clipping."""
-    run = start_run(config)
-    for group in run.state.groups:  # lora_B starts at zero, which would hide errors in lora_A's gradient
-        with torch.no_grad():
-            group.data.add_(torch.linspace(-0.05, 0.05, group.data.numel()))
-    frozen = dataclasses.replace(run.state, optimizer=NoUpdate(run.state.optimizer))  # type: ignore[arg-type]
-    frozen.model.train()
-    metrics = train_step(frozen, run.state.loader.next())
-    return metrics["loss"], run.state.groups[0].grad.clone()
-
-
-class NoUpdate:
-    """An optimizer that zeroes gradients and leaves parameters alone."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.zero_grad = optimizer.zero_grad
-
-    def step(self, rate: float) -> None: ...
+    """(loss, flat gradient of lora_A and lora_B) of the first step, before clipping."""
+    loss, (gradient,) = gradients_of_one_step(config)
+    return loss, gradient
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_trainer.adapters.file_config import FileConfig
+from qlora_trainer.adapters.kinds.bottleneck import BOTTLENECK_KIND
+from qlora_trainer.adapters.kinds.bottleneck_file import BottleneckFileConfig
 from qlora_trainer.adapters.kinds.kind import AdapterKind
 from qlora_trainer.adapters.kinds.lora import LORA_KIND
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig
 from qlora_trainer.config.schema import AdapterConfig
 
-ADAPTER_KINDS: Mapping[str, AdapterKind] = {kind.name: kind for kind in (LORA_KIND,)}
-FILES: Mapping[str, type[FileConfig]] = {"LORA": LoraFileConfig}
+ADAPTER_KINDS: Mapping[str, AdapterKind] = {kind.name: kind for kind in (LORA_KIND, BOTTLENECK_KIND)}
+FILES: Mapping[str, type[FileConfig]] = {"LORA": LoraFileConfig, "BOTTLENECK": BottleneckFileConfig}
 """Configs of files by peft_type."""
 
 
