@@ -7,7 +7,7 @@ another program only names a base, which may be the same under another name: a d
 from pathlib import Path
 
 from qlora_trainer.adapters.peft_format import StoredAdapter
-from qlora_trainer.adapters.targets import find_targets, target_names
+from qlora_trainer.adapters.targets import adapted_paths, target_names
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.override import override
 from qlora_trainer.config.schema import RunConfig
@@ -28,10 +28,12 @@ def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDi
     Raises:
         AdapterError: they differ; the message lists the settings to change.
     """
-    changes = [override(key, found) for key, (found, _) in initial.config.differences(config.adapter).items()]
+    changes = [override(key, found) for key, (found, _) in initial.differences(config.adapter).items()]
     model = empty_model(directory)
-    if set(initial.paths) != set(find_targets(model, config.adapter.target_modules)):
-        changes.append(override("adapter.target_modules", list(target_names(model, initial.paths))))
+    if set(initial.paths) != set(adapted_paths(model, config.adapter)):
+        changes.append(override("adapter.target_modules", target_names(model, initial.paths)))
+        if config.adapter.layers_to_transform is not None:
+            changes.append(override("adapter.layers_to_transform", None))
     if changes:
         raise AdapterError(
             f"The adapter {config.adapter.init_from} was made with other settings than this config has. To start from "
