@@ -131,23 +131,25 @@ class FileConfig(BaseModel, ABC):
         """
         return {}
 
-    def differences(self, wanted: AdapterConfig) -> Differences:
+    def differences(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
         """Find settings that make an adapter's numbers another function.
 
         Args:
+            tensors: by PEFT's names.
             wanted: the run's section `adapter`.
 
         Returns:
             The differences.
         """
-        pairs = {"adapter.kind": (self.kind, wanted.kind), **self.settings_of(wanted)}
+        pairs = {"adapter.kind": (self.kind, wanted.kind), **self.settings_of(tensors, wanted)}
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
     @abstractmethod
-    def settings_of(self, wanted: AdapterConfig) -> Differences:
+    def settings_of(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
         """Put the settings that concern an adapter of this kind next to a run's.
 
         Args:
+            tensors: by PEFT's names.
             wanted: the run's section `adapter`, of any kind.
 
         Returns:

@@ -170,20 +170,20 @@ def with_stacks_together(
     """Order the adapters' parameters so that the A's of layers over one input follow each other.
 
     Args:
-        named: A's and B's of the layers, by name, and what else trains, which comes after them.
+        named: A's and B's of the layers, by name.
         adapted: the layers, in the model's order.
 
     Returns:
         The same ones.
     """
-    names = {id(parameter): (name, parameter) for name, parameter in named}
+    names = {id(parameter): name for name, parameter in named}
     order: list[Any] = []
     for layer in adapted:
         together = layer.joint or (layer,)
         if layer is together[0]:
             order += [one.lora_A.weight for one in together] + [one.lora_B.weight for one in together]
-    first = [names.pop(id(parameter)) for parameter in order]
-    return [*first, *names.values()]
+    assert len(order) == len(names), "each layer is joint with those that name it"
+    return [(names[id(parameter)], parameter) for parameter in order]
 
 
 def over_one_input(module: nn.Module, function: Callable[..., Any], layers: Mapping[str, nn.Module]) -> list[list[str]]:

@@ -35,6 +35,17 @@ class AdapterModule(nn.Module):
             if not name.startswith("base."):
                 yield name, parameter
 
+    def decays(self, name: str) -> bool:
+        """Return True if weight decay is for a parameter: by default for matrices.
+
+        Args:
+            name: inside the module.
+
+        Returns:
+            True if it is.
+        """
+        return self.get_parameter(name).dim() > 1
+
     def fold(self) -> Fold | None:
         """Say what becomes of the weight of `base` in a merge, by the adapter as it is now.
 

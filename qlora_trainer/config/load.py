@@ -200,7 +200,7 @@ def _sentence(place: str, problems: Sequence[Mapping[str, Any]]) -> str:
     if first["type"] == "missing":
         return f"{place} is missing, and has no default"
     messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
-    if not place:
+    if not place or (first["type"] == "value_error" and "." not in place):  # of several keys, which it names
         return messages[0]
     if renamed := renamed_value(place, first["input"]):
         return f"{place}: {renamed}"

@@ -1,15 +1,16 @@
 """Declare every key of a run's configuration with its type, default, unit, description and checks.
 
-A config is frozen: it does not change after it is made. docs/reference/config.md is made from this file. Left out: the
-keys of the data (data_schema.py), and reading files and reporting what is wrong with them (load.py).
+A config is frozen: it does not change after it is made. docs/reference/config.md is made from these declarations. Left
+out: the keys of the adapter and of the data (adapter_schema.py, data_schema.py), and reading files and reporting what
+is wrong with them (load.py).
 """
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from qlora_trainer.config.adapter_schema import AdapterConfig
 from qlora_trainer.config.data_schema import DataConfig, Section
 
 PLAIN_OPTIONS = {
@@ -19,13 +20,6 @@ PLAIN_OPTIONS = {
     "optimizer.name": "paged_adamw_32bit",
 }
 """Values that `auto` gives memory-efficient options where memory does not need others (planning/options.py)."""
-
-
-SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
-    "lora": ("rank", "alpha", "dropout", "target_modules", "fused_parts", "use_rslora", "bias"),
-    "bottleneck": ("bottleneck_size", "activation", "placement"),
-}
-"""The settings of the section adapter that a kind has, but for those of all kinds."""
 
 
 class ModelConfig(Section):
@@ -65,88 +59,6 @@ class ModelConfig(Section):
     )
 
 
-class AdapterConfig(Section):
-    """Configure the adapter, which is what trains."""
-
-    kind: Literal["lora", "bottleneck"] = Field(
-        "lora",
-        description="Kind of adapter. lora (Hu et al. 2021); bottleneck: a small MLP after each attention and MLP, "
-        "which stays in the forward pass (Houlsby et al. 2019).",
-    )
-    rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
-    alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
-    target_modules: str | list[str] = Field(
-        "all-linear",
-        description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
-        "expression that whole paths must match.",
-    )
-    fused_parts: dict[str, list[str]] = Field(
-        {},
-        description="Parts to adapt in layers that compute several projections at once: {layer: parts}, such as "
-        "{c_attn: [query, value]}. Each part has an adapter of this rank. Layers not named are adapted whole.",
-    )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
-    bottleneck_size: int = Field(
-        64,
-        ge=1,
-        le=8192,
-        description="With kind bottleneck: width R of the small MLP, whose matrices are (R, H), (H, R).",
-    )
-    activation: Literal["relu", "gelu", "silu"] = Field(
-        "relu", description="With kind bottleneck: the function between its two matrices; gelu is the exact one."
-    )
-    placement: Literal["attention+mlp", "mlp", "attention"] = Field(
-        "attention+mlp",
-        description="With kind bottleneck: after which parts of a decoder layer it is put, before their output is "
-        "added to the hidden states. mlp: after everything but attention (Pfeiffer et al. 2021).",
-    )
-    bias: Literal["none", "lora_only", "all"] = Field(
-        "none", description="Which biases of the base train too: none, those of adapted layers, or all."
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Dtype of lora_A and lora_B and of their gradients. bfloat16 takes half the memory and loses small "
-        "updates. auto: float32, or bfloat16 where the run fits only so.",
-    )
-    init_from: str | None = Field(
-        None, description="Directory of a PEFT adapter to start from, with a fresh optimizer."
-    )
-
-    @field_validator("target_modules")
-    @classmethod
-    def _targets_are_named(cls, value: str | list[str]) -> str | list[str]:
-        if not value:
-            raise ValueError("is empty; use all-linear, attention, mlp, or a list such as [q_proj, v_proj]")
-        if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"is no regular expression: {error}") from None
-        return value
-
-    @field_validator("fused_parts")
-    @classmethod
-    def _parts_are_named_once(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
-        for layer, parts in value.items():
-            if not parts:
-                raise ValueError(f"names no part of {layer}; give some, such as [query, value], or leave {layer} out")
-            if len(set(parts)) < len(parts):
-                raise ValueError(f"names a part of {layer} twice")
-        return value
-
-    @model_validator(mode="after")
-    def _settings_of_the_kind_have_effect(self) -> "AdapterConfig":
-        of_others = {name for names in SETTINGS_OF_KIND.values() for name in names} - {*SETTINGS_OF_KIND[self.kind]}
-        fields = type(self).model_fields
-        found = [name for name in fields if name in of_others and getattr(self, name) != fields[name].get_default()]
-        if found:
-            have, them = ("has", "it") if len(found) == 1 else ("have", "them")
-            names = " and ".join(f"adapter.{name}" for name in found)
-            raise ValueError(f"{names} {have} no effect with adapter.kind={self.kind}; leave {them} out")
-        return self
-
-
 class OptimizerConfig(Section):
     """Configure the updates of the adapter."""
 
@@ -156,9 +68,15 @@ class OptimizerConfig(Section):
         "paged_adamw_8bit where the run fits only so.",
     )
     learning_rate: float = Field(2e-4, gt=0.0, description="Peak learning rate.")
+    lora_plus_ratio: float = Field(
+        1.0,
+        gt=0.0,
+        description="The learning rate of lora_B is this times that of lora_A (LoRA+, Hayou et al. 2024, which advises "
+        "16 and a lower learning_rate); 1: the same.",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0, description="Share of all steps with a rising learning rate.")
-    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay, on lora_A and lora_B only.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay, on the adapter's matrices only.")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Decay of Adam's first moment.")
     beta2: float = Field(0.999, ge=0.0, lt=1.0, description="Decay of Adam's second moment.")
     epsilon: float = Field(1e-8, gt=0.0, description="Adam's epsilon.")
@@ -214,13 +132,13 @@ class TrainingConfig(Section):
     def _settings_of_a_level_have_effect(self) -> "TrainingConfig":
         if self.uncheckpointed_layers and self.activation_checkpointing in ("auto", "none"):
             raise ValueError(
-                "uncheckpointed_layers has no effect with "
-                f"activation_checkpointing={self.activation_checkpointing}; leave it out"
+                "training.uncheckpointed_layers has no effect with "
+                f"training.activation_checkpointing={self.activation_checkpointing}; leave it out"
             )
         if self.offload_every_n_layers > 1 and self.activation_checkpointing not in ("offload", "tiled"):
             raise ValueError(
-                "offload_every_n_layers has no effect with "
-                f"activation_checkpointing={self.activation_checkpointing}; leave it out"
+                "training.offload_every_n_layers has no effect with "
+                f"training.activation_checkpointing={self.activation_checkpointing}; leave it out"
             )
         return self
 
@@ -306,6 +224,12 @@ class RunConfig(Section):
                 "adapter.dtype is bfloat16 and optimizer.name is adamw, which would keep Adam's moments in bfloat16 "
                 "too. Set optimizer.name to paged_adamw_32bit or paged_adamw_8bit, or adapter.dtype to float32"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _lora_plus_has_a_lora_b(self) -> "RunConfig":
+        if self.optimizer.lora_plus_ratio != 1.0 and self.adapter.kind == "bottleneck":
+            raise ValueError("optimizer.lora_plus_ratio has no effect with adapter.kind=bottleneck; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -29,14 +29,14 @@ def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDi
     Raises:
         AdapterError: they differ; the message lists the settings to change.
     """
-    differences = initial.config.differences(config.adapter)
+    differences = initial.differences(config.adapter)
     changes = {key: found for key, (found, _) in differences.items()}
     kind = adapter_kind(config.adapter)
     if initial.config.kind == kind.name:
         model = empty_model(directory)
         targets = kind.target_paths(model, config.adapter)
         if set(initial.paths) != set(targets):
-            changes |= kind.targets_as_settings(model, initial.paths)
+            changes |= kind.targets_as_settings(model, config.adapter, initial.paths)
             if not changes:
                 raise AdapterError(
                     f"The adapter {config.adapter.init_from} has {counted(len(initial.paths), 'adapted module')}, such "

@@ -205,8 +205,8 @@ def test_a_tensor_that_is_no_part_of_an_adapter_is_refused_by_name(tmp_path: Pat
     ("key", "value"),
     [
         ("use_dora", True),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 16}),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": -1.0}),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 1]]),

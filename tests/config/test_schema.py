@@ -1,7 +1,6 @@
 """Promises of the config's keys: each says what it is, and its values are checked where they are declared."""
 
 import datetime
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 
 from qlora_trainer.common.errors import ConfigError
 from qlora_trainer.config.load import load_config, make_config
-from qlora_trainer.config.schema import AdapterConfig, RunConfig
+from qlora_trainer.config.schema import RunConfig
 
 
 def test_a_minimal_config_takes_every_default(tmp_path: Path) -> None:
@@ -105,24 +104,3 @@ def test_replaced_values_are_checked_as_those_of_a_file() -> None:
     ):
         with pytest.raises(ValidationError):
             config.replace(values)
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"kind": "bottleneck", "rank": 8}, "adapter.rank has no effect with adapter.kind=bottleneck; leave it out"),
-        ({"kind": "bottleneck", "bias": "all"}, "adapter.bias has no effect with adapter.kind=bottleneck"),
-        (
-            {"kind": "bottleneck", "alpha": 8.0, "target_modules": "mlp"},
-            "adapter.alpha and adapter.target_modules have no effect with adapter.kind=bottleneck; leave them out",
-        ),
-        ({"activation": "gelu"}, "adapter.activation has no effect with adapter.kind=lora; leave it out"),
-    ],
-)
-def test_a_setting_of_another_kind_of_adapter_is_refused_unless_it_is_at_its_default(
-    settings: dict[str, Any], named: str
-) -> None:
-    with pytest.raises(ValidationError, match=re.escape(named)):
-        AdapterConfig(**settings)
-    defaults = AdapterConfig().model_dump()
-    assert AdapterConfig(**{**defaults, "kind": "bottleneck", "placement": "mlp"}).placement == "mlp"

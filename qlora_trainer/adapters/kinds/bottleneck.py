@@ -101,11 +101,12 @@ class BottleneckKind(AdapterKind):
             **named,
         )
 
-    def layer_numbers(self, settings: AdapterConfig, inputs: int, outputs: int) -> int:
+    def layer_numbers(self, settings: AdapterConfig, path: str, inputs: int, outputs: int) -> int:
         """Count R (H + H).
 
         Args:
             settings: the config's section `adapter`.
+            path: of the part.
             inputs: of the part.
             outputs: H.
 

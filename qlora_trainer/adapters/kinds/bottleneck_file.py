@@ -99,10 +99,11 @@ class BottleneckFileConfig(FileConfig):
         """
         return {}
 
-    def settings_of(self, wanted: AdapterConfig) -> Differences:
+    def settings_of(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
         """Put size, activation and placement next to a run's.
 
         Args:
+            tensors: by the names in the file.
             wanted: the run's section `adapter`.
 
         Returns:

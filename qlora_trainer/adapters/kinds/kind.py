@@ -29,11 +29,12 @@ class AdapterKind(ABC):
             Their paths, in the model's order.
         """
 
-    def targets_as_settings(self, model: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
+    def targets_as_settings(self, model: nn.Module, settings: AdapterConfig, paths: Sequence[str]) -> dict[str, Any]:
         """Say which settings would adapt these modules.
 
         Args:
             model: without adapters.
+            settings: the config's section `adapter`, which adapts others.
             paths: of modules.
 
         Returns:
@@ -77,11 +78,12 @@ class AdapterKind(ABC):
         """
 
     @abstractmethod
-    def layer_numbers(self, settings: AdapterConfig, inputs: int, outputs: int) -> int:
+    def layer_numbers(self, settings: AdapterConfig, path: str, inputs: int, outputs: int) -> int:
         """Count the numbers that multiply each token at an adapted module, for the estimate of a step's time.
 
         Args:
             settings: the config's section `adapter`.
+            path: of the module.
             inputs: I, features of a linear layer; of any other module the hidden size.
             outputs: O, features, likewise.
 

@@ -10,19 +10,21 @@ Legend: R rank, I in features, O out features.
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from qlora_trainer.adapters.file_config import Differences, FileConfig, value_in_brief
 from qlora_trainer.adapters.folds import Fold, LoraFold
 from qlora_trainer.adapters.formulas import lora_scaling
-from qlora_trainer.common.dotted_names import ends_in
+from qlora_trainer.adapters.patterns import layer_alpha, layer_parts, layer_rank, of_pattern
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig
 
 MAX_RANK = 3 * 1024  # three fused parts times the largest adapter.rank
+StoredRank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+StoredAlpha = Annotated[float, Field(gt=0.0)]
 _FACTOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 _BIAS = re.compile(r"base_model\.model\.(?P<path>.+)\.bias")
 _PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal")  # others change the base's weights, or may
@@ -50,11 +52,11 @@ class LoraFileConfig(FileConfig):
 
     peft_type: Literal["LORA"] = "LORA"
     task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
-    r: int = Field(ge=1, le=MAX_RANK)
-    lora_alpha: float = Field(gt=0.0)
+    r: StoredRank
+    lora_alpha: StoredAlpha
     lora_dropout: float = Field(0.0, ge=0.0, le=1.0)
-    rank_pattern: dict[str, int] = Field(default_factory=dict)  # other ranks than r, by the end of a path
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)  # likewise of alpha
+    rank_pattern: dict[str, StoredRank] = Field(default_factory=dict)  # other ranks than r, by the end of a path
+    alpha_pattern: dict[str, StoredAlpha] = Field(default_factory=dict)  # likewise of alpha
     target_modules: list[str] | str | None  # ends of module paths, or a regex; reading goes by the tensors instead
     bias: Literal["none", "lora_only", "all"] = "none"
     use_rslora: bool = False
@@ -62,19 +64,6 @@ class LoraFileConfig(FileConfig):
     fan_in_fan_out: bool = False  # the base stores these weights (I, O), as GPT-2's Conv1D does
     init_lora_weights: bool | str | None = True
     modules_to_save: None = None
-
-    @model_validator(mode="after")
-    def _one_scaling_holds_for_all(self) -> Self:
-        scaling = lora_scaling(self.r, self.lora_alpha, self.use_rslora)
-        for name in {**self.rank_pattern, **self.alpha_pattern}:
-            rank, alpha = self.rank_pattern.get(name, self.r), self.alpha_pattern.get(name, self.lora_alpha)
-            if not 1 <= rank <= MAX_RANK or not math.isclose(lora_scaling(rank, alpha, self.use_rslora), scaling):
-                key = "rank_pattern" if name in self.rank_pattern else "alpha_pattern"
-                raise ValueError(
-                    f"{key} gives {name} rank {rank} and alpha {alpha:g}, and so another scaling than the other layers "
-                    "have, which is not supported; train it with one scaling"
-                )
-        return self
 
     @property
     def kind(self) -> str:
@@ -114,7 +103,7 @@ class LoraFileConfig(FileConfig):
         Returns:
             R.
         """
-        return next((r for end, r in self.rank_pattern.items() if ends_in(path, end)), self.r)
+        return of_pattern(self.rank_pattern, path, self.r)
 
     def scaling_of(self, path: str) -> float:
         """Return the factor of a layer's adapter.
@@ -125,7 +114,7 @@ class LoraFileConfig(FileConfig):
         Returns:
             s.
         """
-        alpha = next((alpha for end, alpha in self.alpha_pattern.items() if ends_in(path, end)), self.lora_alpha)
+        alpha = of_pattern(self.alpha_pattern, path, self.lora_alpha)
         return lora_scaling(self.rank_of(path), alpha, self.use_rslora)
 
     def check_tensors(self, tensors: Mapping[str, Tensor], origin: str) -> None:
@@ -201,25 +190,34 @@ class LoraFileConfig(FileConfig):
         found = {match["path"]: tensor for name, tensor in tensors.items() if (match := _BIAS.fullmatch(name))}
         return {path.removesuffix(".base_layer"): tensor for path, tensor in found.items()}
 
-    def settings_of(self, wanted: AdapterConfig) -> Differences:
-        """Put rank, alpha and bias mode next to a run's.
+    def settings_of(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
+        """Put ranks, scalings and bias mode next to a run's, layer by layer.
+
+        One function can be written in several ways, so the settings differ only where a layer does.
 
         Args:
+            tensors: by PEFT's names.
             wanted: the run's section `adapter`.
 
         Returns:
             Pairs, equal or not.
         """
+        pairs: Differences = {"adapter.bias": (self.bias, wanted.bias)}
+        ranks = stored_ranks(tensors)
         # Parts of a fused layer that are adapted alone are stored as one adapter of their summed rank.
-        ranks = {wanted.rank * count for count in {1, *map(len, wanted.fused_parts.values())}}
-        pairs: Differences = {
-            "adapter.rank": (wanted.rank if self.r in ranks else self.r, wanted.rank),
-            "adapter.bias": (self.bias, wanted.bias),
-        }
-        scaling = lora_scaling(self.r, self.lora_alpha, self.use_rslora)
-        ours = lora_scaling(wanted.rank, wanted.alpha, wanted.use_rslora)
-        if not math.isclose(scaling, ours, rel_tol=1e-12):  # one scaling can be written in two ways
+        if any(rank != layer_rank(wanted, path) * layer_parts(wanted, path) for path, rank in ranks.items()):
+            pairs["adapter.rank"] = (self.r, wanted.rank)
+            pairs["adapter.rank_pattern"] = (self.rank_pattern, wanted.rank_pattern)
+        if not all(
+            math.isclose(
+                self.scaling_of(path),
+                lora_scaling(layer_rank(wanted, path), layer_alpha(wanted, path), wanted.use_rslora),
+                rel_tol=1e-12,
+            )
+            for path in ranks
+        ):
             pairs["adapter.alpha"] = (self.lora_alpha, wanted.alpha)
+            pairs["adapter.alpha_pattern"] = (self.alpha_pattern, wanted.alpha_pattern)
             pairs["adapter.use_rslora"] = (self.use_rslora, wanted.use_rslora)
         return pairs
 

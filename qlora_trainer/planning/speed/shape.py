@@ -82,12 +82,14 @@ def count_shape(directory: ModelDirectory, config: RunConfig, dtype: torch.dtype
         tiled += inputs * outputs * (of_expert is None and getattr(text, "intermediate_size", 0) in (inputs, outputs))
         between += share * (inputs + outputs)
         if path in adapted:
-            adapters += kind.layer_numbers(config.adapter, inputs, outputs)
+            adapters += kind.layer_numbers(config.adapter, path, inputs, outputs)
             between += inputs + 3 * outputs  # read for A; what B gives is read, and added to the output
     # Attention and MLPs that are adapted whole: their output is read, and read again to be added to.
-    whole = sum(not is_linear(model.get_submodule(path)) for path in adapted)
-    adapters += whole * kind.layer_numbers(config.adapter, text.hidden_size, text.hidden_size)
-    between += whole * 4 * text.hidden_size
+    hidden = text.hidden_size
+    for path in adapted:
+        if not is_linear(model.get_submodule(path)):
+            adapters += kind.layer_numbers(config.adapter, path, hidden, hidden)
+            between += 4 * hidden
     sizes = head_sizes(text)
     width = sizes[0] * sizes[2] if sizes else text.hidden_size
     times = len(kinds) // period if len(kinds) % period == 0 else len(kinds) / period

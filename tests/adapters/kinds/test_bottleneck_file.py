@@ -89,8 +89,8 @@ def test_a_config_of_another_function_is_refused_by_its_key(
 
 def test_settings_of_a_run_that_differ_are_found_also_those_of_another_kind() -> None:
     same = AdapterConfig(kind="bottleneck", bottleneck_size=2, activation="silu", placement="mlp")
-    assert CONFIG.differences(same) == {}
-    assert CONFIG.differences(AdapterConfig(rank=8)) == {
+    assert CONFIG.differences(tensors(), same) == {}
+    assert CONFIG.differences(tensors(), AdapterConfig(rank=8)) == {
         "adapter.kind": ("bottleneck", "lora"),
         "adapter.bottleneck_size": (2, 64),
         "adapter.activation": ("silu", "relu"),

@@ -1,0 +1,135 @@
+"""Declare the settings of adapters, and which of them each kind has.
+
+A setting that the chosen kind has not is refused unless it is at its default. Left out: what kinds do
+(adapters/kinds/).
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from qlora_trainer.config.data_schema import Section
+
+SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
+    "lora": (
+        "rank",
+        "alpha",
+        "dropout",
+        "target_modules",
+        "fused_parts",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "use_rslora",
+        "bias",
+    ),
+    "bottleneck": ("bottleneck_size", "activation", "placement"),
+}
+"""The settings of the section adapter that a kind has, but for those of all kinds."""
+
+
+def settings_of_others(kind: str) -> set[str]:
+    """Return the settings that only other kinds of adapters have.
+
+    Args:
+        kind: the value of adapter.kind.
+
+    Returns:
+        Names of fields of AdapterConfig.
+    """
+    return {name for names in SETTINGS_OF_KIND.values() for name in names} - {*SETTINGS_OF_KIND[kind]}
+
+
+class AdapterConfig(Section):
+    """Configure the adapter, which is what trains."""
+
+    kind: Literal["lora", "bottleneck"] = Field(
+        "lora",
+        description="Kind of adapter. lora (Hu et al. 2021); bottleneck: a small MLP after each attention and MLP, "
+        "which stays in the forward pass (Houlsby et al. 2019).",
+    )
+    rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
+    alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
+        "expression that whole paths must match.",
+    )
+    fused_parts: dict[str, list[str]] = Field(
+        {},
+        description="Parts to adapt in layers that compute several projections at once: {layer: parts}, such as "
+        "{c_attn: [query, value]}. Each part has an adapter of this rank. Layers not named are adapted whole.",
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        {},
+        description="Ranks of layers that have another: {end of a path: rank}, such as {q_proj: 64, "
+        "layers.0.mlp.up_proj: 8}. Of several that fit a layer the first holds.",
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field(
+        {},
+        description="Alphas of layers that have another, likewise. A layer is scaled by its own alpha / rank.",
+    )
+    layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        None, description="Adapt these decoder layers only, counted from 0; null: all."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
+    bottleneck_size: int = Field(
+        64,
+        ge=1,
+        le=8192,
+        description="With kind bottleneck: width R of the small MLP, whose matrices are (R, H), (H, R).",
+    )
+    activation: Literal["relu", "gelu", "silu"] = Field(
+        "relu", description="With kind bottleneck: the function between its two matrices; gelu is the exact one."
+    )
+    placement: Literal["attention+mlp", "mlp", "attention"] = Field(
+        "attention+mlp",
+        description="With kind bottleneck: after which parts of a decoder layer it is put, before their output is "
+        "added to the hidden states. mlp: after everything but attention (Pfeiffer et al. 2021).",
+    )
+    bias: Literal["none", "lora_only", "all"] = Field(
+        "none", description="Which biases of the base train too: none, those of adapted layers, or all."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Dtype of lora_A and lora_B and of their gradients. bfloat16 takes half the memory and loses small "
+        "updates. auto: float32, or bfloat16 where the run fits only so.",
+    )
+    init_from: str | None = Field(
+        None, description="Directory of a PEFT adapter to start from, with a fresh optimizer."
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _targets_are_named(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("is empty; use all-linear, attention, mlp, or a list such as [q_proj, v_proj]")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is no regular expression: {error}") from None
+        return value
+
+    @field_validator("fused_parts")
+    @classmethod
+    def _parts_are_named_once(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        for layer, parts in value.items():
+            if not parts:
+                raise ValueError(f"names no part of {layer}; give some, such as [query, value], or leave {layer} out")
+            if len(set(parts)) < len(parts):
+                raise ValueError(f"names a part of {layer} twice")
+        return value
+
+    @model_validator(mode="after")
+    def _settings_of_the_kind_have_effect(self) -> "AdapterConfig":
+        others, fields = settings_of_others(self.kind), type(self).model_fields
+        found = [n for n in fields if n in others and getattr(self, n) != fields[n].get_default()]
+        if found:
+            have, them = ("has", "it") if len(found) == 1 else ("have", "them")
+            names = " and ".join(f"adapter.{name}" for name in found)
+            raise ValueError(f"{names} {have} no effect with adapter.kind={self.kind}; leave {them} out")
+        return self
