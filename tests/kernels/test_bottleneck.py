@@ -10,6 +10,7 @@ from spying import noting, unchanged
 from torch import Tensor
 
 from qlora_kernels.bottleneck import BottleneckActivation, add_bottleneck
+from qlora_kernels.saved_tensors import KeptBy
 from qlora_kernels.torch_internals import FakeTensorMode
 
 ACTIVATIONS: tuple[BottleneckActivation, ...] = get_args(BottleneckActivation)
@@ -87,8 +88,17 @@ def test_gradients_are_made_for_what_asks_for_them_alone() -> None:
         (found,) = torch.autograd.grad(add_bottleneck(*given, "silu").sum(), [given[asked]])
         (expected,) = torch.autograd.grad(formula(*given, "silu").sum(), [given[asked]])
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    with torch.no_grad():
-        assert add_bottleneck(*given, "silu").grad_fn is None
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    kept: list[object] = []
+    given = inputs(4)
+    with KeptBy(kept.append, lambda kept: ()):
+        with torch.no_grad():
+            add_bottleneck(*given, "silu")
+        assert kept == []
+        add_bottleneck(*given, "silu")
+        assert len(kept) == 1
 
 
 def test_the_output_may_be_written_to_as_some_models_add_in_place() -> None:

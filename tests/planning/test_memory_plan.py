@@ -62,6 +62,8 @@ SETTINGS: list[dict[str, dict[str, Any]]] = [
     {"model": {"lm_head": "8bit"}},
     {"model": {"lm_head": "4bit"}, "training": {"activation_checkpointing": "full"}},
     {"adapter": {"dtype": "bfloat16", "rank": 16}},
+    {"adapter": {"kind": "bottleneck", "bottleneck_size": 16}, "training": {"activation_checkpointing": "none"}},
+    {"adapter": {"kind": "bottleneck"}, "training": {"activation_checkpointing": "full"}, "data": {"max_length": 256}},
     {
         "model": {"embeddings": "cpu", "lm_head": "4bit"},
         "adapter": {"dtype": "bfloat16"},
