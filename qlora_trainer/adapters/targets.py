@@ -7,7 +7,7 @@ familiar list match half of what was meant. Experts are no targets (model/module
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import nn
@@ -15,8 +15,39 @@ from torch import nn
 from qlora_trainer.adapters.alternatives import alternatives
 from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import AdapterError
+from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import is_linear
+
+
+def adapted_paths(model: nn.Module, settings: AdapterConfig) -> list[str]:
+    """Find the linear layers that a config adapts, in the model's order.
+
+    Targets that match nothing are refused by an AdapterError.
+
+    Args:
+        model: any, of transformers or not.
+        settings: the config's section `adapter`.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        AdapterError: adapter.layers_to_transform leaves none, or names a decoder layer that does not exist.
+    """
+    paths = find_targets(model, settings.target_modules)
+    chosen = settings.layers_to_transform
+    if chosen is None:
+        return paths
+    layers = {path: _decoder_layer(model, path) for path in paths}
+    known = {layer for layer in layers.values() if layer is not None}
+    if unknown := sorted(set(chosen) - known):
+        there = f"0 to {max(known)}" if known else "none"
+        raise AdapterError(
+            f"adapter.layers_to_transform names {', '.join(map(str, unknown))}, and this model's decoder layers with "
+            f"targets are {there}, counted from 0."
+        )
+    return [path for path in paths if layers[path] in chosen]
 
 
 def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]:
@@ -61,6 +92,21 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
             raise AdapterError(f"adapter.target_modules={target_modules} {_matches_nothing(candidates, names)}{hint}")
         return found
     return _matching(model, target_modules, candidates, names)
+
+
+def target_names(model: nn.Module, adapted: Sequence[str]) -> list[str]:
+    """Find the shortest names that PEFT resolves to exactly the adapted layers.
+
+    Args:
+        model: with its adapters.
+        adapted: paths of the adapted layers.
+
+    Returns:
+        The last parts of the paths if no other layer has them, else the paths; sorted.
+    """
+    ends = {path.rsplit(".", 1)[-1] for path in adapted}
+    matched = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in ends]
+    return sorted(ends) if sorted(matched) == sorted(adapted) else sorted(adapted)
 
 
 def _matching(model: nn.Module, pattern: str, candidates: list[str], names: list[str]) -> list[str]:
@@ -111,6 +157,15 @@ def _why_not_adapted(model: nn.Module, matches: Callable[[str], bool]) -> str:
     if modules or parameters:
         return f" {next(iter([*modules, *parameters]))} is no linear layer."
     return ""
+
+
+def _decoder_layer(model: nn.Module, path: str) -> int | None:
+    """Return the place of the decoder layer that a linear layer is in; None outside of all."""
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return int(parts[end])
+    return None
 
 
 def _part(model: nn.Module, path: str) -> str | None:

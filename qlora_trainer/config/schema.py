@@ -75,6 +75,18 @@ class AdapterConfig(Section):
         description="Parts to adapt in layers that compute several projections at once: {layer: parts}, such as "
         "{c_attn: [query, value]}. Each part has an adapter of this rank. Layers not named are adapted whole.",
     )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        {},
+        description="Ranks of layers that have another: {end of a path: rank}, such as {q_proj: 64, "
+        "layers.0.mlp.up_proj: 8}. Of several that fit a layer the first holds.",
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field(
+        {},
+        description="Alphas of layers that have another, likewise. A layer is scaled by its own alpha / rank.",
+    )
+    layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        None, description="Adapt these decoder layers only, counted from 0; null: all."
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
     bias: Literal["none", "lora_only", "all"] = Field(
         "none", description="Which biases of the base train too: none, those of adapted layers, or all."
@@ -120,6 +132,12 @@ class OptimizerConfig(Section):
         "paged_adamw_8bit where the run fits only so.",
     )
     learning_rate: float = Field(2e-4, gt=0.0, description="Peak learning rate.")
+    lora_plus_ratio: float = Field(
+        1.0,
+        gt=0.0,
+        description="The learning rate of lora_B is this times that of lora_A (LoRA+, Hayou et al. 2024, which advises "
+        "16 and a lower learning_rate); 1: the same.",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0, description="Share of all steps with a rising learning rate.")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay, on lora_A and lora_B only.")
