@@ -3,12 +3,14 @@
 Left out: what adapters compute (layers.py), and copying their values (inject.py).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kernels.adapter import Projection
 from qlora_trainer.adapters.file_config import PEFT_PREFIX
 from qlora_trainer.adapters.folds import Fold
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
@@ -46,6 +48,20 @@ class AdapterModule(nn.Module):
         """
         return self.get_parameter(name).dim() > 1
 
+    def hold(self) -> None:
+        """Compute from now on with what depends on the base's weight now, until `let_go`; by default nothing does."""
+
+    def let_go(self) -> None:
+        """Follow the base's weight again."""
+
+    def bias_fold(self) -> Fold | None:
+        """Say what becomes of the bias of `base` in a merge.
+
+        Returns:
+            The fold; None where the bias stays as it is.
+        """
+        return None
+
     def fold(self) -> Fold | None:
         """Say what becomes of the weight of `base` in a merge, by the adapter as it is now.
 
@@ -77,6 +93,20 @@ class AdapterModule(nn.Module):
             In the parameter's shape; None where the module cannot have such values.
         """
         return tensor
+
+
+class AdaptedLinear(AdapterModule, ABC):
+    """Wrap a linear layer; over a 4-bit one it is computed by the kernels, with others over the same input as one."""
+
+    may_join = True  # with others over the same input
+
+    @abstractmethod
+    def projection(self) -> Projection:
+        """Return the layer as the kernels take it, for one call; its base is an NF4Linear.
+
+        Returns:
+            Weight, bias and what trains.
+        """
 
 
 class TrainableBias(nn.Module):

@@ -61,14 +61,22 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """Configure the adapter, which is what trains."""
 
-    kind: Literal["lora"] = Field("lora", description="Kind of adapter (LoRA, Hu et al. 2021).")
+    kind: Literal["lora", "dora", "ia3"] = Field(
+        "lora",
+        description="Kind of adapter: lora (Hu et al. 2021); dora, which trains a norm for each row too (Liu et al. "
+        "2024); ia3, which scales keys, values and the inputs of MLPs' last layers (Liu et al. 2022).",
+    )
     rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
     alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
     target_modules: str | list[str] = Field(
-        "all-linear",
-        description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
-        "expression that whole paths must match.",
+        "auto",
+        description="auto, all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a "
+        "regular expression that whole paths must match. auto: all-linear; of ia3 keys, values, and MLPs' last layers.",
+    )
+    feedforward_modules: list[str] | Literal["auto"] = Field(
+        "auto",
+        description="Of ia3: names of the target_modules whose input is scaled; auto: the last layers of MLPs.",
     )
     fused_parts: dict[str, list[str]] = Field(
         {},

@@ -252,6 +252,7 @@ class PreparedAdapters:
         for trained, cast in self._casts:
             cast.copy_(trained)
         self.switch.is_on = True
+        self.switch.serial += 1
         try:
             yield
             for group in self.groups:

@@ -22,6 +22,7 @@ class LoraKind(AdapterKind):
     """Put LoRALinear in the place of linear layers."""
 
     name: ClassVar[str] = "lora"
+    layer: ClassVar[type[LoRALinear]] = LoRALinear
 
     def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
         """Wrap the targets, with lora_A drawn in fp32 on the CPU, so that it is the same on every device.
@@ -42,7 +43,7 @@ class LoraKind(AdapterKind):
         generator = torch.Generator().manual_seed(seed)
         dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
         for path in paths:
-            layer = LoRALinear.from_base(
+            layer = self.layer.from_base(
                 model.get_submodule(path),
                 rank=layer_rank(settings, path),
                 alpha=layer_alpha(settings, path),
