@@ -131,6 +131,17 @@ class FileConfig(BaseModel, ABC):
         """
         return {}
 
+    def bias_folds(self, tensors: Mapping[str, Tensor]) -> dict[str, Fold]:
+        """Say what becomes of the biases of adapted layers in a merge.
+
+        Args:
+            tensors: by PEFT's names, as `check_tensors` passed them.
+
+        Returns:
+            Folds by the path of the module, whether it has a bias or not.
+        """
+        return {}
+
     def differences(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
         """Find settings that make an adapter's numbers another function.
 

@@ -12,19 +12,12 @@ from pydantic import Field, field_validator, model_validator
 
 from qlora_trainer.config.data_schema import Section
 
+_OF_LINEAR = ("target_modules", "layers_to_transform", "bias")  # of kinds that adapt linear layers
+_OF_LORA = (*_OF_LINEAR, "rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
 SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
-    "lora": (
-        "rank",
-        "alpha",
-        "dropout",
-        "target_modules",
-        "fused_parts",
-        "rank_pattern",
-        "alpha_pattern",
-        "layers_to_transform",
-        "use_rslora",
-        "bias",
-    ),
+    "lora": (*_OF_LORA, "fused_parts"),
+    "dora": _OF_LORA,
+    "ia3": (*_OF_LINEAR, "feedforward_modules"),
     "bottleneck": ("bottleneck_size", "activation", "placement"),
 }
 """The settings of the section adapter that a kind has, but for those of all kinds."""
@@ -45,18 +38,23 @@ def settings_of_others(kind: str) -> set[str]:
 class AdapterConfig(Section):
     """Configure the adapter, which is what trains."""
 
-    kind: Literal["lora", "bottleneck"] = Field(
+    kind: Literal["lora", "dora", "ia3", "bottleneck"] = Field(
         "lora",
-        description="Kind of adapter. lora (Hu et al. 2021); bottleneck: a small MLP after each attention and MLP, "
-        "which stays in the forward pass (Houlsby et al. 2019).",
+        description="Kind of adapter: lora (Hu et al. 2021); dora, which trains a norm for each row too (Liu et al. "
+        "2024); ia3, which scales keys, values and the inputs of MLPs' last layers (Liu et al. 2022); bottleneck, a "
+        "small MLP after each attention and MLP, which stays in the forward pass (Houlsby et al. 2019).",
     )
     rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
     alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
     target_modules: str | list[str] = Field(
-        "all-linear",
-        description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
-        "expression that whole paths must match.",
+        "auto",
+        description="auto, all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a "
+        "regular expression that whole paths must match. auto: all-linear; of ia3 keys, values, and MLPs' last layers.",
+    )
+    feedforward_modules: list[str] | Literal["auto"] = Field(
+        "auto",
+        description="Of ia3: names of the target_modules whose input is scaled; auto: the last layers of MLPs.",
     )
     fused_parts: dict[str, list[str]] = Field(
         {},

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qlora_trainer.config.adapter_schema import AdapterConfig
+from qlora_trainer.config.adapter_schema import SETTINGS_OF_KIND, AdapterConfig
 from qlora_trainer.config.data_schema import DataConfig, Section
 
 PLAIN_OPTIONS = {
@@ -228,8 +228,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _lora_plus_has_a_lora_b(self) -> "RunConfig":
-        if self.optimizer.lora_plus_ratio != 1.0 and self.adapter.kind == "bottleneck":
-            raise ValueError("optimizer.lora_plus_ratio has no effect with adapter.kind=bottleneck; leave it out")
+        kind = self.adapter.kind
+        if self.optimizer.lora_plus_ratio != 1.0 and "rank" not in SETTINGS_OF_KIND[kind]:
+            raise ValueError(f"optimizer.lora_plus_ratio has no effect with adapter.kind={kind}; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -64,7 +64,7 @@ def test_adapterhub_gives_our_logits_from_our_files(tmp_path: Path, placement: s
     tokens = torch.arange(2, 34)[None]
     with torch.no_grad():
         plain = model(tokens).logits
-    settings = AdapterConfig(kind="bottleneck", bottleneck_size=16, activation=activation, placement=placement)  # type: ignore[arg-type]
+    settings = AdapterConfig(kind="bottleneck", bottleneck_size=16, activation=activation, placement=placement)
     paths = add_adapters(model, settings)
     torch.manual_seed(1)
     with torch.no_grad():

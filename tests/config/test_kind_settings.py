@@ -1,7 +1,7 @@
 """Promises of the settings of adapters: each kind has its own, and those of others are refused by name."""
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from minimal_config import MINIMAL
@@ -21,6 +21,8 @@ from qlora_trainer.config.load import make_config
             {"kind": "bottleneck", "alpha": 8.0, "target_modules": "mlp"},
             "adapter.alpha and adapter.target_modules have no effect with adapter.kind=bottleneck; leave them out",
         ),
+        ({"kind": "ia3", "rank": 8}, "adapter.rank has no effect with adapter.kind=ia3; leave it out"),
+        ({"kind": "dora", "fused_parts": {"qkv": ["q"]}}, "adapter.fused_parts has no effect with adapter.kind=dora"),
         ({"activation": "gelu"}, "adapter.activation has no effect with adapter.kind=lora; leave it out"),
     ],
 )
@@ -34,9 +36,10 @@ def test_a_setting_of_another_kind_of_adapter_is_refused_unless_it_is_at_its_def
 
 
 def test_each_setting_is_of_every_kind_or_in_the_table() -> None:
-    in_table = [name for names in SETTINGS_OF_KIND.values() for name in names]
-    assert {*AdapterConfig.model_fields} - {*in_table} == {"kind", "dtype", "init_from"}
-    assert len(in_table) == len({*in_table})
+    in_table = {name for names in SETTINGS_OF_KIND.values() for name in names}
+    assert {*AdapterConfig.model_fields} - in_table == {"kind", "dtype", "init_from"}
+    assert in_table < {*AdapterConfig.model_fields}
+    assert {*SETTINGS_OF_KIND} == {*get_args(AdapterConfig.model_fields["kind"].annotation)}
 
 
 def test_a_message_on_settings_of_a_kind_names_them_as_they_are_typed() -> None:

@@ -1,5 +1,6 @@
 """Promises of the bottleneck's function: the formula and its gradients, and little kept for backward."""
 
+import functools
 from typing import get_args
 
 import pytest
@@ -15,25 +16,27 @@ from qlora_kernels.torch_internals import FakeTensorMode
 
 ACTIVATIONS: tuple[BottleneckActivation, ...] = get_args(BottleneckActivation)
 HIDDEN, WIDTH = 11, 5
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def inputs(*lead: int, dtype: torch.dtype = torch.float64, parameters: torch.dtype | None = None) -> list[Tensor]:
+def inputs(*lead: int, dtype: torch.dtype = torch.float64, parameters: torch.dtype | None = None) -> Inputs:
     """h (..., H), D, b_D, U and b_U, all of which require gradients."""
     kind = parameters or dtype
     shapes = [(WIDTH, HIDDEN), (WIDTH,), (HIDDEN, WIDTH), (HIDDEN,)]
     drawn = [normal(*shape, seed=1 + seed, dtype=kind) for seed, shape in enumerate(shapes)]
-    return [tensor.requires_grad_() for tensor in (normal(*lead, HIDDEN, dtype=dtype), *drawn)]
+    h, down, down_bias, up, up_bias = (t.requires_grad_() for t in (normal(*lead, HIDDEN, dtype=dtype), *drawn))
+    return h, down, down_bias, up, up_bias
 
 
-def formula(h: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, name: str) -> Tensor:
+def formula(h: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, activation: str) -> Tensor:
     narrow = F.linear(h, down.to(h.dtype), down_bias.to(h.dtype))
-    activated = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}[name](narrow)
+    activated = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}[activation](narrow)
     return h + F.linear(activated, up.to(h.dtype), up_bias.to(h.dtype))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_are_those_of_finite_differences(activation: BottleneckActivation) -> None:
-    assert torch.autograd.gradcheck(lambda *given: add_bottleneck(*given, activation), inputs(2, 3))
+    assert torch.autograd.gradcheck(functools.partial(add_bottleneck, activation=activation), inputs(2, 3))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -46,11 +49,11 @@ def test_output_and_gradients_are_those_of_the_formula_in_plain_torch(
     upstream = normal(2, 9, HIDDEN, seed=9, dtype=dtype)
     given = inputs(2, 9, dtype=dtype, parameters=kind)
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
-    truth = formula(*exact, activation)
+    truth = functools.partial(formula, activation=activation)(*exact)
     true_values = [truth.detach(), *torch.autograd.grad(truth, exact, upstream.double())]
     errors = []
     for function in (add_bottleneck, formula):
-        output = function(*given, activation)  # type: ignore[arg-type]
+        output = function(*given, activation)
         values = [output.detach(), *torch.autograd.grad(output, given, upstream)]
         assert [value.dtype for value in values] == [dtype, dtype, *[kind] * 4]
         pairs = zip(values, true_values, strict=True)
@@ -113,8 +116,8 @@ def test_the_output_may_be_written_to_as_some_models_add_in_place() -> None:
 
 def test_it_runs_on_fake_tensors() -> None:
     with FakeTensorMode():
-        given = [torch.empty(shape, requires_grad=True) for shape in ((2, 3, 8), (4, 8), (4,), (8, 4), (8,))]
-        output = add_bottleneck(*given, "gelu")
-        grads = torch.autograd.grad(output, given, torch.empty_like(output))
+        h, *given = [torch.empty(shape, requires_grad=True) for shape in ((2, 3, 8), (4, 8), (4,), (8, 4), (8,))]
+        output = functools.partial(add_bottleneck, activation="gelu")(h, *given)
+        grads = torch.autograd.grad(output, [h, *given], torch.empty_like(output))
     assert output.shape == (2, 3, 8)
-    assert [grad.shape for grad in grads] == [tensor.shape for tensor in given]
+    assert [grad.shape for grad in grads] == [tensor.shape for tensor in (h, *given)]

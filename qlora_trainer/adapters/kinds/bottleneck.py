@@ -48,6 +48,19 @@ class BottleneckKind(AdapterKind):
             )
         return found
 
+    def targets_as_settings(self, model: nn.Module, settings: AdapterConfig, paths: Sequence[str]) -> dict[str, Any]:
+        """Return none: the placement, which a file holds, says what is adapted.
+
+        Args:
+            model: without adapters.
+            settings: the config's section `adapter`.
+            paths: of parts.
+
+        Returns:
+            No values.
+        """
+        return {}
+
     def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
         """Wrap the parts, with D drawn on the CPU, so that it is the same on every device.
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from qlora_trainer.adapters.file_config import FileConfig
+from qlora_trainer.adapters.targets import adapted_paths, target_names
 from qlora_trainer.config.schema import AdapterConfig
 
 
@@ -17,9 +18,10 @@ class AdapterKind(ABC):
     size: ClassVar[str]  # the setting to lower for a smaller adapter, such as adapter.rank
     merges: ClassVar[bool] = True  # into plain weights; what does not stays in the forward pass
 
-    @abstractmethod
     def target_paths(self, model: nn.Module, settings: AdapterConfig) -> list[str]:
-        """Find the modules that the settings choose to adapt, without adapting them.
+        """Find the modules that the settings choose to adapt, without adapting them: linear layers, by default.
+
+        What the model does not have is refused by an AdapterError.
 
         Args:
             model: without adapters, also one without memory.
@@ -28,6 +30,7 @@ class AdapterKind(ABC):
         Returns:
             Their paths, in the model's order.
         """
+        return adapted_paths(model, settings)
 
     def targets_as_settings(self, model: nn.Module, settings: AdapterConfig, paths: Sequence[str]) -> dict[str, Any]:
         """Say which settings would adapt these modules.
@@ -35,12 +38,13 @@ class AdapterKind(ABC):
         Args:
             model: without adapters.
             settings: the config's section `adapter`, which adapts others.
-            paths: of modules.
+            paths: of modules; of linear layers, by default.
 
         Returns:
             Values by the config's keys; none where no setting names modules.
         """
-        return {}
+        in_all = {} if settings.layers_to_transform is None else {"adapter.layers_to_transform": None}
+        return {"adapter.target_modules": target_names(model, paths), **in_all}
 
     @abstractmethod
     def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:

@@ -13,7 +13,7 @@ from qlora_trainer.adapters.kinds.kind import AdapterKind
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig, stored_ranks
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.adapters.patterns import check_patterns, layer_alpha, layer_rank
-from qlora_trainer.adapters.targets import adapted_paths, target_names
+from qlora_trainer.adapters.targets import target_names
 from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
 from qlora_trainer.config.schema import AdapterConfig
 
@@ -23,32 +23,7 @@ class LoraKind(AdapterKind):
 
     name: ClassVar[str] = "lora"
     size: ClassVar[str] = "adapter.rank"
-
-    def target_paths(self, model: nn.Module, settings: AdapterConfig) -> list[str]:
-        """Find the linear layers that are adapted; targets that match nothing are refused by an AdapterError.
-
-        Args:
-            model: any, of transformers or not.
-            settings: the config's section `adapter`.
-
-        Returns:
-            Their paths.
-        """
-        return adapted_paths(model, settings)
-
-    def targets_as_settings(self, model: nn.Module, settings: AdapterConfig, paths: Sequence[str]) -> dict[str, Any]:
-        """Say which targets these layers are, in all decoder layers.
-
-        Args:
-            model: without adapters.
-            settings: the config's section `adapter`, which adapts others.
-            paths: of linear layers.
-
-        Returns:
-            Values by the config's keys.
-        """
-        in_all = {} if settings.layers_to_transform is None else {"adapter.layers_to_transform": None}
-        return {"adapter.target_modules": target_names(model, paths), **in_all}
+    layer: ClassVar[type[LoRALinear]] = LoRALinear
 
     def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
         """Wrap the targets, with lora_A drawn in fp32 on the CPU, so that it is the same on every device.
@@ -69,7 +44,7 @@ class LoraKind(AdapterKind):
         generator = torch.Generator().manual_seed(seed)
         dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
         for path in paths:
-            layer = LoRALinear.from_base(
+            layer = self.layer.from_base(
                 model.get_submodule(path),
                 rank=layer_rank(settings, path),
                 alpha=layer_alpha(settings, path),

@@ -9,14 +9,14 @@ Legend: R rank, I in features, O out features.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from qlora_trainer.adapters.file_config import Differences, FileConfig, value_in_brief
-from qlora_trainer.adapters.folds import Fold, LoraFold
+from qlora_trainer.adapters.file_config import PEFT_PREFIX, Differences, FileConfig, value_in_brief
+from qlora_trainer.adapters.folds import DoraFold, Fold, LoraFold
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.patterns import layer_alpha, layer_parts, layer_rank, of_pattern
 from qlora_trainer.common.errors import AdapterError
@@ -26,6 +26,7 @@ MAX_RANK = 3 * 1024  # three fused parts times the largest adapter.rank
 StoredRank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 StoredAlpha = Annotated[float, Field(gt=0.0)]
 _FACTOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
+_MAGNITUDE = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_magnitude_vector")
 _BIAS = re.compile(r"base_model\.model\.(?P<path>.+)\.bias")
 _PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal")  # others change the base's weights, or may
 
@@ -41,7 +42,6 @@ class LoraFileConfig(FileConfig):
         "qalora_group_size",
     }
     refused: ClassVar[Mapping[str, str]] = {
-        "use_dora": "DoRA is not supported yet",
         "modules_to_save": "modules saved whole are not supported; train it without them, or merge it with PEFT first",
         "trainable_token_indices": "trained token embeddings are not supported; merge it with PEFT first",
         "target_parameters": "adapters on bare parameters are not supported; merge it with PEFT first",
@@ -60,7 +60,7 @@ class LoraFileConfig(FileConfig):
     target_modules: list[str] | str | None  # ends of module paths, or a regex; reading goes by the tensors instead
     bias: Literal["none", "lora_only", "all"] = "none"
     use_rslora: bool = False
-    use_dora: Literal[False] = False
+    use_dora: bool = False
     fan_in_fan_out: bool = False  # the base stores these weights (I, O), as GPT-2's Conv1D does
     init_lora_weights: bool | str | None = True
     modules_to_save: None = None
@@ -68,7 +68,7 @@ class LoraFileConfig(FileConfig):
     @property
     def kind(self) -> str:
         """Return the value of adapter.kind that such an adapter has."""
-        return "lora"
+        return "dora" if self.use_dora else "lora"
 
     @property
     def is_stored_transposed(self) -> bool:
@@ -145,8 +145,9 @@ class LoraFileConfig(FileConfig):
         for path, parts in pairs.items():
             if len(parts) == 1:
                 raise AdapterError(f"{origin}: {path} has lora_{parts.pop()} but not the other half of the pair.")
+        self._check_magnitudes(tensors, pairs, origin)
         for name, tensor in tensors.items():
-            if _FACTOR.fullmatch(name) is None:
+            if not (_FACTOR.fullmatch(name) or (self.use_dora and _MAGNITUDE.fullmatch(name))):
                 self._check_bias(name, tensor, pairs, origin)
 
     def adapted_paths(self, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -169,14 +170,7 @@ class LoraFileConfig(FileConfig):
         Returns:
             Folds by the path of the layer.
         """
-        return {
-            path: LoraFold(
-                tensors[f"base_model.model.{path}.lora_A.weight"],
-                tensors[f"base_model.model.{path}.lora_B.weight"],
-                self.scaling_of(path),
-            )
-            for path in stored_ranks(tensors)
-        }
+        return {path: self._fold(tensors, path) for path in stored_ranks(tensors)}
 
     def biases(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Find the biases of the base that were trained.
@@ -232,13 +226,32 @@ class LoraFileConfig(FileConfig):
         content["alpha_pattern"] = {name: _as_integer(alpha) for name, alpha in content["alpha_pattern"].items()}
         return content
 
+    def _fold(self, tensors: Mapping[str, Tensor], path: str) -> Fold:
+        of_layer = f"{PEFT_PREFIX}{path}."
+        A, B = tensors[f"{of_layer}lora_A.weight"], tensors[f"{of_layer}lora_B.weight"]
+        if self.use_dora:
+            return DoraFold(A, B, self.scaling_of(path), tensors[f"{of_layer}lora_magnitude_vector"])
+        return LoraFold(A, B, self.scaling_of(path))
+
+    def _check_magnitudes(self, tensors: Mapping[str, Tensor], adapted: Collection[str], origin: str) -> None:
+        """Check that DoRA has a magnitude for each output of each adapted layer."""
+        if not self.use_dora:
+            return
+        for path in adapted:
+            name = f"{PEFT_PREFIX}{path}.lora_magnitude_vector"
+            outputs = len(tensors[f"{PEFT_PREFIX}{path}.lora_B.weight"])
+            if name not in tensors:
+                raise AdapterError(f"{origin} says use_dora, and lacks {name}; the file is incomplete.")
+            if tensors[name].shape != (outputs,):
+                raise AdapterError(f"{origin}: {name} has shape {tuple(tensors[name].shape)}, not ({outputs},).")
+
     def _check_bias(self, name: str, tensor: Tensor, adapted: Mapping[str, object], origin: str) -> None:
         """Refuse a bias of a wrong name: an adapted layer's is `<path>.base_layer.bias`, any other's `<path>.bias`."""
         match = _BIAS.fullmatch(name)
         if match is None:
             raise AdapterError(
-                f"{origin} also holds {name}, which is no part of a LoRA adapter and would overwrite the base. Trained "
-                "heads, embeddings, DoRA magnitudes and modules saved whole are not supported."
+                f"{origin} also holds {name}, which is no part of such an adapter and would overwrite the base. "
+                "Trained heads, embeddings and modules saved whole are not supported."
             )
         path = match["path"]
         of_adapted = path.endswith(".base_layer") and path.removesuffix(".base_layer") in adapted

@@ -6,13 +6,21 @@ from typing import Any
 from qlora_trainer.adapters.file_config import FileConfig
 from qlora_trainer.adapters.kinds.bottleneck import BOTTLENECK_KIND
 from qlora_trainer.adapters.kinds.bottleneck_file import BottleneckFileConfig
+from qlora_trainer.adapters.kinds.dora import DORA_KIND
+from qlora_trainer.adapters.kinds.ia3 import IA3_KIND
+from qlora_trainer.adapters.kinds.ia3_file import Ia3FileConfig
 from qlora_trainer.adapters.kinds.kind import AdapterKind
 from qlora_trainer.adapters.kinds.lora import LORA_KIND
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig
 from qlora_trainer.config.schema import AdapterConfig
 
-ADAPTER_KINDS: Mapping[str, AdapterKind] = {kind.name: kind for kind in (LORA_KIND, BOTTLENECK_KIND)}
-FILES: Mapping[str, type[FileConfig]] = {"LORA": LoraFileConfig, "BOTTLENECK": BottleneckFileConfig}
+_KINDS = (LORA_KIND, DORA_KIND, IA3_KIND, BOTTLENECK_KIND)
+ADAPTER_KINDS: Mapping[str, AdapterKind] = {kind.name: kind for kind in _KINDS}
+FILES: Mapping[str, type[FileConfig]] = {
+    "LORA": LoraFileConfig,
+    "IA3": Ia3FileConfig,
+    "BOTTLENECK": BottleneckFileConfig,
+}
 """Configs of files by peft_type."""
 
 
