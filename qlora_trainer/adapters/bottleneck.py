@@ -89,7 +89,11 @@ class BottleneckLayer(AdapterModule):
 
 
 class _WeightAndBias(nn.Module):
-    """Hold a matrix and a bias of zeros; no nn.Linear, which would be taken for a layer of the base."""
+    """Hold a matrix and a bias of zeros; no nn.Linear, which would be taken for a layer of the base.
+
+    Args:
+        weight: the matrix.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
