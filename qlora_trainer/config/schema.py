@@ -1,15 +1,16 @@
 """Declare every key of a run's configuration with its type, default, unit, description and checks.
 
-A config is frozen: it does not change after it is made. docs/reference/config.md is made from this file. Left out: the
-keys of the data (data_schema.py), and reading files and reporting what is wrong with them (load.py).
+A config is frozen: it does not change after it is made. docs/reference/config.md is made from these declarations. Left
+out: the keys of the adapter and of the data (adapter_schema.py, data_schema.py), and reading files and reporting what
+is wrong with them (load.py).
 """
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from qlora_trainer.config.adapter_schema import AdapterConfig
 from qlora_trainer.config.data_schema import DataConfig, Section
 
 PLAIN_OPTIONS = {
@@ -56,59 +57,6 @@ class ModelConfig(Section):
         description="How the LM head is kept. 8bit (one scale per row) and 4bit (NF4) approximate it in training; the "
         "merged model has the original one. auto: dense, or 8bit, then 4bit, where the run fits only so.",
     )
-
-
-class AdapterConfig(Section):
-    """Configure the adapter, which is what trains."""
-
-    kind: Literal["lora"] = Field("lora", description="Kind of adapter (LoRA, Hu et al. 2021).")
-    rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
-    alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
-    target_modules: str | list[str] = Field(
-        "all-linear",
-        description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
-        "expression that whole paths must match.",
-    )
-    fused_parts: dict[str, list[str]] = Field(
-        {},
-        description="Parts to adapt in layers that compute several projections at once: {layer: parts}, such as "
-        "{c_attn: [query, value]}. Each part has an adapter of this rank. Layers not named are adapted whole.",
-    )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
-    bias: Literal["none", "lora_only", "all"] = Field(
-        "none", description="Which biases of the base train too: none, those of adapted layers, or all."
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Dtype of lora_A and lora_B and of their gradients. bfloat16 takes half the memory and loses small "
-        "updates. auto: float32, or bfloat16 where the run fits only so.",
-    )
-    init_from: str | None = Field(
-        None, description="Directory of a PEFT adapter to start from, with a fresh optimizer."
-    )
-
-    @field_validator("target_modules")
-    @classmethod
-    def _targets_are_named(cls, value: str | list[str]) -> str | list[str]:
-        if not value:
-            raise ValueError("is empty; use all-linear, attention, mlp, or a list such as [q_proj, v_proj]")
-        if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"is no regular expression: {error}") from None
-        return value
-
-    @field_validator("fused_parts")
-    @classmethod
-    def _parts_are_named_once(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
-        for layer, parts in value.items():
-            if not parts:
-                raise ValueError(f"names no part of {layer}; give some, such as [query, value], or leave {layer} out")
-            if len(set(parts)) < len(parts):
-                raise ValueError(f"names a part of {layer} twice")
-        return value
 
 
 class OptimizerConfig(Section):
@@ -178,13 +126,13 @@ class TrainingConfig(Section):
     def _settings_of_a_level_have_effect(self) -> "TrainingConfig":
         if self.uncheckpointed_layers and self.activation_checkpointing in ("auto", "none"):
             raise ValueError(
-                "uncheckpointed_layers has no effect with "
-                f"activation_checkpointing={self.activation_checkpointing}; leave it out"
+                "training.uncheckpointed_layers has no effect with "
+                f"training.activation_checkpointing={self.activation_checkpointing}; leave it out"
             )
         if self.offload_every_n_layers > 1 and self.activation_checkpointing not in ("offload", "tiled"):
             raise ValueError(
-                "offload_every_n_layers has no effect with "
-                f"activation_checkpointing={self.activation_checkpointing}; leave it out"
+                "training.offload_every_n_layers has no effect with "
+                f"training.activation_checkpointing={self.activation_checkpointing}; leave it out"
             )
         return self
 
@@ -269,6 +217,16 @@ class RunConfig(Section):
             raise ValueError(
                 "adapter.dtype is bfloat16 and optimizer.name is adamw, which would keep Adam's moments in bfloat16 "
                 "too. Set optimizer.name to paged_adamw_32bit or paged_adamw_8bit, or adapter.dtype to float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_hold_more_than_virtual_tokens(self) -> "RunConfig":
+        if self.adapter.leading_tokens >= self.data.max_length:
+            raise ValueError(
+                f"adapter.virtual_tokens is {self.adapter.virtual_tokens} and data.max_length, which counts them, "
+                f"{self.data.max_length}: nothing is left for a row. Raise data.max_length or lower "
+                "adapter.virtual_tokens"
             )
         return self
 

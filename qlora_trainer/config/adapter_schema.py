@@ -1,0 +1,107 @@
+"""Declare the settings of adapters, and which of them each kind has.
+
+A setting that the chosen kind has not is refused unless it is at its default. Left out: what kinds do
+(adapters/kinds/).
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from qlora_trainer.config.data_schema import Section
+
+SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
+    "lora": ("rank", "alpha", "dropout", "target_modules", "fused_parts", "use_rslora", "bias"),
+    "prompt": ("virtual_tokens", "prompt_init_text"),
+}
+"""The settings of the section adapter that a kind has, but for those of all kinds."""
+
+
+class AdapterConfig(Section):
+    """Configure the adapter, which is what trains."""
+
+    kind: Literal["lora", "prompt"] = Field(
+        "lora",
+        description="Kind of adapter. lora: thin matrices next to linear layers (LoRA, Hu et al. 2021); prompt: "
+        "virtual tokens before each row (prompt tuning, Lester et al. 2021), which do not merge.",
+    )
+    rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
+    alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
+        "expression that whole paths must match.",
+    )
+    fused_parts: dict[str, list[str]] = Field(
+        {},
+        description="Parts to adapt in layers that compute several projections at once: {layer: parts}, such as "
+        "{c_attn: [query, value]}. Each part has an adapter of this rank. Layers not named are adapted whole.",
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
+    bias: Literal["none", "lora_only", "all"] = Field(
+        "none", description="Which biases of the base train too: none, those of adapted layers, or all."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Dtype of what the adapter trains and of its gradients. bfloat16 takes half the memory and loses "
+        "small updates. auto: float32, or bfloat16 where the run fits only so.",
+    )
+    virtual_tokens: int = Field(
+        20, ge=1, le=4096, description="Trained tokens before each row; data.max_length counts them."
+    )
+    prompt_init_text: str | None = Field(
+        None,
+        description="Text whose tokens the virtual tokens begin as, repeated or cut to their number. null: tokens of "
+        "the vocabulary, drawn by the seed.",
+    )
+    init_from: str | None = Field(
+        None, description="Directory of a PEFT adapter to start from, with a fresh optimizer."
+    )
+
+    @property
+    def leading_tokens(self) -> int:
+        """Return the number of virtual tokens that are before each row."""
+        return self.virtual_tokens if self.kind == "prompt" else 0
+
+    @field_validator("prompt_init_text")
+    @classmethod
+    def _text_is_not_empty(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("is empty; write a text, or leave it out")
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _targets_are_named(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("is empty; use all-linear, attention, mlp, or a list such as [q_proj, v_proj]")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is no regular expression: {error}") from None
+        return value
+
+    @field_validator("fused_parts")
+    @classmethod
+    def _parts_are_named_once(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        for layer, parts in value.items():
+            if not parts:
+                raise ValueError(f"names no part of {layer}; give some, such as [query, value], or leave {layer} out")
+            if len(set(parts)) < len(parts):
+                raise ValueError(f"names a part of {layer} twice")
+        return value
+
+    @model_validator(mode="after")
+    def _settings_of_the_kind_have_effect(self) -> "AdapterConfig":
+        others = {name for names in SETTINGS_OF_KIND.values() for name in names} - {*SETTINGS_OF_KIND[self.kind]}
+        fields = type(self).model_fields
+        found = [n for n in fields if n in others and getattr(self, n) != fields[n].get_default()]
+        if found:
+            have, them = ("has", "it") if len(found) == 1 else ("have", "them")
+            names = " and ".join(f"adapter.{name}" for name in found)
+            raise ValueError(f"{names} {have} no effect with adapter.kind={self.kind}; leave {them} out")
+        return self
