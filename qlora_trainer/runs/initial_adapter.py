@@ -6,8 +6,9 @@ another program only names a base, which may be the same under another name: a d
 
 from pathlib import Path
 
+from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.adapters.peft_format import StoredAdapter
-from qlora_trainer.adapters.targets import find_targets, target_names
+from qlora_trainer.adapters.targets import target_names
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.override import override
 from qlora_trainer.config.schema import RunConfig
@@ -29,9 +30,11 @@ def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDi
         AdapterError: they differ; the message lists the settings to change.
     """
     changes = [override(key, found) for key, (found, _) in initial.config.differences(config.adapter).items()]
-    model = empty_model(directory)
-    if set(initial.paths) != set(find_targets(model, config.adapter.target_modules)):
-        changes.append(override("adapter.target_modules", list(target_names(model, initial.paths))))
+    kind = adapter_kind(config.adapter)
+    if initial.config.kind == kind.name:  # else the paths have nothing to do with each other
+        model = empty_model(directory)
+        if set(initial.paths) != set(kind.target_paths(model, config.adapter)):
+            changes.append(override("adapter.target_modules", list(target_names(model, initial.paths))))
     if changes:
         raise AdapterError(
             f"The adapter {config.adapter.init_from} was made with other settings than this config has. To start from "

@@ -23,6 +23,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.common.errors import InsufficientMemoryError, MicroBatchError, ModelError
 from qlora_trainer.common.units import counted, gib
 from qlora_trainer.model.device import give_back_memory
@@ -195,8 +196,8 @@ def _no_space(row_lengths: list[int], reason: str, state: TrainState) -> str:
         f"A row of {counted(row_lengths[0], 'token')} does not fit the memory of {state.device} by itself, even with "
         f"activation checkpointing {state.policy} ({reason}).{host} No step was lost. Close what else uses the device, "
         f"or resume on a larger one. Or start a new run with data.max_length below {row_lengths[0]} "
-        "(data.too_long=drop leaves longer rows out), a smaller adapter.rank or a smaller base; adapter.init_from "
-        "takes over what was trained."
+        f"(data.too_long=drop leaves longer rows out), a smaller {adapter_kind(state.config.adapter).size} or a "
+        "smaller base; adapter.init_from takes over what was trained."
     )
 
 

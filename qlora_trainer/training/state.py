@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_trainer.adapters.inject import lora_layers
 from qlora_trainer.adapters.joint import with_stacks_together
 from qlora_trainer.adapters.layers import LoRALinear
-from qlora_trainer.adapters.trainable import trainable_parameters
+from qlora_trainer.adapters.trainable import leading_ids, trainable_parameters
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture
@@ -162,13 +162,10 @@ def build_state(
     workers = workers if repeats_side_by_side(model) else 1
     apply_policy(model, policy, workers)
     forward = examine_forward(model, config.data.max_length)
-    trainable = list(trainable_parameters(model))
     adapted = list(lora_layers(model).values())
-    weights = with_stacks_together([(name, p) for name, p in trainable if not name.endswith(".bias")], adapted)
-    biases = [(name, p) for name, p in trainable if name.endswith(".bias")]
-    groups = [flatten_parameters(weights, name="lora", weight_decay=config.optimizer.weight_decay, workers=workers)]
-    if biases:
-        groups.append(flatten_parameters(biases, name="bias", weight_decay=0.0))
+    groups = _flat_groups(model, adapted, config.optimizer.weight_decay, workers)
+    leading = leading_ids(model)
+    assert train[0].input_ids[: len(leading)] == leading, "each row begins with the model's virtual tokens"
     loader = StepLoader(
         train,
         global_batch_size=config.training.global_batch_size,
@@ -193,6 +190,25 @@ def build_state(
         patches=patches,
         workers=workers,
     )
+
+
+def _flat_groups(model: Any, adapted: list[LoRALinear], weight_decay: float, workers: int) -> list[FlatGroup]:
+    """Put what trains into groups: LoRA's matrices, which alone decay; biases; and all else."""
+    matrices = {id(part.weight) for layer in adapted for part in (layer.lora_A, layer.lora_B)}
+    named: dict[str, list[tuple[str, torch.nn.Parameter]]] = {"lora": [], "bias": [], "other": []}
+    for name, p in trainable_parameters(model):
+        named["lora" if id(p) in matrices else "bias" if name.endswith(".bias") else "other"].append((name, p))
+    named["lora"] = with_stacks_together(named["lora"], adapted)
+    return [
+        flatten_parameters(
+            parameters,
+            name=group,
+            weight_decay=weight_decay if group == "lora" else 0.0,
+            workers=workers if group == "lora" else 1,
+        )
+        for group, parameters in named.items()
+        if parameters
+    ]
 
 
 def total_steps(config: RunConfig, loader: StepLoader) -> int:

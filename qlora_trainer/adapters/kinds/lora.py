@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.fused_parts import trained_rows
-from qlora_trainer.adapters.kinds.kind import AdapterKind
+from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig, stored_ranks
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.adapters.targets import find_targets, target_names
@@ -20,8 +20,11 @@ class LoraKind(AdapterKind):
     """Put LoRALinear in the place of linear layers."""
 
     name: ClassVar[str] = "lora"
+    size: ClassVar[str] = "adapter.rank"
 
-    def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
+    def add(
+        self, model: nn.Module, settings: AdapterConfig, seed: int, tokenizer: TextTokenizer | None = None
+    ) -> list[str]:
         """Wrap the targets, with lora_A drawn in fp32 on the CPU, so that it is the same on every device.
 
         Targets that match nothing, and parts that cannot be adapted alone, are refused by an AdapterError.
@@ -30,11 +33,12 @@ class LoraKind(AdapterKind):
             model: any, of transformers or not.
             settings: the config's section `adapter`.
             seed: of lora_A.
+            tokenizer: not used.
 
         Returns:
             The paths of the adapted layers.
         """
-        paths = find_targets(model, settings.target_modules)
+        paths = self.target_paths(model, settings)
         parts = trained_rows(model, paths, settings.fused_parts)
         generator = torch.Generator().manual_seed(seed)
         dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
@@ -53,6 +57,18 @@ class LoraKind(AdapterKind):
             model.set_submodule(path, layer)
         mark_only_lora_as_trainable(model, settings.bias)
         return paths
+
+    def target_paths(self, model: nn.Module, settings: AdapterConfig) -> list[str]:
+        """Find the layers that the settings choose to adapt.
+
+        Args:
+            model: without adapters.
+            settings: the config's section `adapter`.
+
+        Returns:
+            Their paths.
+        """
+        return find_targets(model, settings.target_modules)
 
     def file_config(
         self,

@@ -7,10 +7,12 @@ from qlora_trainer.adapters.file_config import FileConfig
 from qlora_trainer.adapters.kinds.kind import AdapterKind
 from qlora_trainer.adapters.kinds.lora import LORA_KIND
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig
+from qlora_trainer.adapters.kinds.prompt import PROMPT_KIND
+from qlora_trainer.adapters.kinds.prompt_file import PromptFileConfig
 from qlora_trainer.config.schema import AdapterConfig
 
-ADAPTER_KINDS: Mapping[str, AdapterKind] = {kind.name: kind for kind in (LORA_KIND,)}
-FILES: Mapping[str, type[FileConfig]] = {"LORA": LoraFileConfig}
+ADAPTER_KINDS: Mapping[str, AdapterKind] = {kind.name: kind for kind in (LORA_KIND, PROMPT_KIND)}
+FILES: Mapping[str, type[FileConfig]] = {"LORA": LoraFileConfig, "PROMPT_TUNING": PromptFileConfig}
 """Configs of files by peft_type."""
 
 

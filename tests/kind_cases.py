@@ -1,0 +1,40 @@
+"""The kinds of adapters that every law is tried on: settings of ours, and PEFT's config of the same adapter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_trainer.config.schema import AdapterConfig
+
+
+@dataclass(frozen=True)
+class KindCase:
+    """One kind: its settings, and a function that makes PEFT's config for it."""
+
+    settings: dict[str, Any]
+    peft_config: Callable[[str], Any]  # by the family of the model, llama or gpt2
+
+    @property
+    def config(self) -> AdapterConfig:
+        return AdapterConfig(**self.settings)
+
+
+def _lora(family: str) -> Any:
+    from peft import LoraConfig
+
+    is_gpt2 = family == "gpt2"
+    layers = ["c_fc", "mlp.c_proj"] if is_gpt2 else ["gate_proj", "up_proj", "down_proj"]
+    options = {"init_lora_weights": False, "fan_in_fan_out": is_gpt2}
+    return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=layers, **options)
+
+
+def _prompt(family: str) -> Any:
+    from peft import PromptTuningConfig
+
+    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, prompt_tuning_init="RANDOM")
+
+
+CASES = {
+    "lora": KindCase({"kind": "lora", "rank": 4, "alpha": 8, "target_modules": "mlp"}, _lora),
+    "prompt": KindCase({"kind": "prompt", "virtual_tokens": 5}, _prompt),
+}
