@@ -82,7 +82,7 @@ def read_settings(
     """
     from qlora_trainer.common.command_line import command_line
     from qlora_trainer.common.errors import ConfigError, FileMissingError
-    from qlora_trainer.config.adapter_schema import SETTINGS_OF_KIND
+    from qlora_trainer.config.adapter_schema import settings_of_others
     from qlora_trainer.config.load import load_config
 
     refuse_rows(command, [*([str(config)] if config else []), *overrides], options)
@@ -106,7 +106,7 @@ def read_settings(
         line = _line_to_type(command, overrides, options)
         raise FileMissingError(f"{error} Without a config, type: {line}") from error
     rank = given.get("adapter.rank")
-    if rank and "rank" not in SETTINGS_OF_KIND[settings.adapter.kind]:
+    if rank and "rank" in settings_of_others(settings.adapter.kind):
         raise ConfigError(f"--rank has no effect with adapter.kind={settings.adapter.kind}; leave it out.")
     if rank and not set_by_key & {"adapter.rank", "adapter.alpha"}:
         settings = settings.replace({"adapter.alpha": 2.0 * rank})

@@ -19,6 +19,18 @@ SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
 """The settings of the section adapter that a kind has, but for those of all kinds."""
 
 
+def settings_of_others(kind: str) -> set[str]:
+    """Return the settings that only other kinds of adapters have.
+
+    Args:
+        kind: the value of adapter.kind.
+
+    Returns:
+        Names of fields of AdapterConfig.
+    """
+    return {name for names in SETTINGS_OF_KIND.values() for name in names} - {*SETTINGS_OF_KIND[kind]}
+
+
 class AdapterConfig(Section):
     """Configure the adapter, which is what trains."""
 
@@ -97,8 +109,7 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _settings_of_the_kind_have_effect(self) -> "AdapterConfig":
-        others = {name for names in SETTINGS_OF_KIND.values() for name in names} - {*SETTINGS_OF_KIND[self.kind]}
-        fields = type(self).model_fields
+        others, fields = settings_of_others(self.kind), type(self).model_fields
         found = [n for n in fields if n in others and getattr(self, n) != fields[n].get_default()]
         if found:
             have, them = ("has", "it") if len(found) == 1 else ("have", "them")

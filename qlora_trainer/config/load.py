@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import ConfigError, FileMissingError
 from qlora_trainer.common.units import counted
-from qlora_trainer.config.adapter_schema import SETTINGS_OF_KIND
+from qlora_trainer.config.adapter_schema import settings_of_others
 from qlora_trainer.config.data_schema import Source, SourceFile
 from qlora_trainer.config.override import override
 from qlora_trainer.config.renamed import old_key, renamed_value
@@ -117,8 +117,7 @@ def dump_config(config: RunConfig) -> str:
         The YAML text.
     """
     content = config.model_dump()
-    others = {name for names in SETTINGS_OF_KIND.values() for name in names}
-    for name in others - {*SETTINGS_OF_KIND[config.adapter.kind]}:
+    for name in settings_of_others(config.adapter.kind):
         del content["adapter"][name]
     return yaml.safe_dump(content, sort_keys=False)
 

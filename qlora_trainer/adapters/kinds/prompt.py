@@ -33,8 +33,8 @@ class PromptKind(AdapterKind):
     ) -> list[str]:
         """Wrap the input embedding, with virtual tokens that begin as tokens of a text, or as drawn ones.
 
-        A model without an input embedding, or a text without a tokenizer or beyond the embedding, is refused by an
-        AdapterError.
+        A model without an input embedding, or with several, and a text without a tokenizer or beyond the embedding are
+        refused by an AdapterError.
 
         Args:
             model: of transformers.
@@ -49,6 +49,7 @@ class PromptKind(AdapterKind):
         paths = [path for path, module in model.named_modules() if module is embedding]
         weight = embedding.weight
         assert isinstance(weight, Tensor)
+        _refuse_other_tables(model, embedding, weight.shape[0])
         ids = _initial_ids(settings, seed, tokenizer, weight.shape[0])
         with torch.no_grad():
             rows = embedding(ids.to(weight.device))
@@ -125,6 +126,16 @@ def _input_embedding(model: nn.Module) -> nn.Module:
             "after it. Choose another model, or another adapter.kind."
         )
     return embedding
+
+
+def _refuse_other_tables(model: nn.Module, embedding: nn.Module, vocabulary: int) -> None:
+    """Refuse a model that looks tokens up elsewhere too, as Gemma 4 does for each layer: virtual ones are not there."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module is not embedding and module.num_embeddings == vocabulary:
+            raise AdapterError(
+                f"{type(model).__name__} looks tokens up in {path} too, which has no rows for virtual tokens. Choose "
+                "another adapter.kind, or another model."
+            )
 
 
 def _initial_ids(settings: AdapterConfig, seed: int, tokenizer: TextTokenizer | None, vocabulary: int) -> Tensor:

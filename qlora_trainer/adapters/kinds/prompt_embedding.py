@@ -85,7 +85,7 @@ class _WithVirtualTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        """Add up the gradients of each virtual token over the rows, in fp32, as a product: in an order that repeats."""
+        # The gradients of each virtual token are added up in fp32, by a product: in an order that repeats.
         (index,) = ctx.saved_tensors
         index, grad = index.flatten(), grad.flatten(0, -2)
         numbers = torch.arange(ctx.shape[0], device=index.device).unsqueeze(1)
