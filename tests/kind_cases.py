@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qlora_trainer.config.schema import AdapterConfig
@@ -19,13 +20,23 @@ class KindCase:
         return AdapterConfig(**self.settings)
 
 
-def _lora(family: str) -> Any:
+def _lora(family: str, use_dora: bool = False) -> Any:
     from peft import LoraConfig
 
     is_gpt2 = family == "gpt2"
     layers = ["c_fc", "mlp.c_proj"] if is_gpt2 else ["gate_proj", "up_proj", "down_proj"]
-    options = {"init_lora_weights": False, "fan_in_fan_out": is_gpt2}
+    options = {"init_lora_weights": False, "fan_in_fan_out": is_gpt2, "use_dora": use_dora}
     return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=layers, **options)
+
+
+def _ia3(family: str) -> Any:
+    from peft import IA3Config
+
+    is_gpt2 = family == "gpt2"
+    last = ["mlp.c_proj"] if is_gpt2 else ["down_proj"]
+    layers = ["c_attn", *last] if is_gpt2 else ["k_proj", "v_proj", *last]
+    options = {"init_ia3_weights": False, "fan_in_fan_out": is_gpt2}
+    return IA3Config(task_type="CAUSAL_LM", target_modules=layers, feedforward_modules=last, **options)
 
 
 def _prompt(family: str) -> Any:
@@ -34,7 +45,10 @@ def _prompt(family: str) -> Any:
     return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, prompt_tuning_init="RANDOM")
 
 
+_OF_MLPS = {"rank": 4, "alpha": 8, "target_modules": "mlp"}
 CASES = {
-    "lora": KindCase({"kind": "lora", "rank": 4, "alpha": 8, "target_modules": "mlp"}, _lora),
+    "lora": KindCase({"kind": "lora", **_OF_MLPS}, _lora),
+    "dora": KindCase({"kind": "dora", **_OF_MLPS}, partial(_lora, use_dora=True)),
+    "ia3": KindCase({"kind": "ia3"}, _ia3),
     "prompt": KindCase({"kind": "prompt", "virtual_tokens": 5}, _prompt),
 }

@@ -131,10 +131,22 @@ class FileConfig(BaseModel, ABC):
         """
         return {}
 
-    def differences(self, wanted: AdapterConfig) -> Differences:
+    def bias_folds(self, tensors: Mapping[str, Tensor]) -> dict[str, Fold]:
+        """Say what becomes of the biases of adapted layers in a merge.
+
+        Args:
+            tensors: by PEFT's names, as `check_tensors` passed them.
+
+        Returns:
+            Folds by the path of the module, whether it has a bias or not.
+        """
+        return {}
+
+    def differences(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
         """Find settings that make an adapter's numbers another function.
 
         Args:
+            tensors: by PEFT's names.
             wanted: the run's section `adapter`.
 
         Returns:
@@ -142,13 +154,14 @@ class FileConfig(BaseModel, ABC):
         """
         if self.kind != wanted.kind:
             return {"adapter.kind": (self.kind, wanted.kind)}
-        return {key: pair for key, pair in self.settings_of(wanted).items() if pair[0] != pair[1]}
+        return {key: pair for key, pair in self.settings_of(tensors, wanted).items() if pair[0] != pair[1]}
 
     @abstractmethod
-    def settings_of(self, wanted: AdapterConfig) -> Differences:
+    def settings_of(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
         """Put the settings that concern an adapter of this kind next to a run's.
 
         Args:
+            tensors: by PEFT's names.
             wanted: the run's section `adapter`, of the same kind.
 
         Returns:

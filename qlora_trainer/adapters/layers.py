@@ -27,17 +27,11 @@ from qlora_kernels.lora_linear import add_lora, nf4_linears
 from qlora_kernels.side_by_side import worker_number
 from qlora_trainer.adapters.folds import LoraFold
 from qlora_trainer.adapters.formulas import lora_scaling, with_zero_blocks, without_zero_blocks
-from qlora_trainer.adapters.trainable import AdapterModule
+from qlora_trainer.adapters.trainable import AdaptedLinear, Switch
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
 
-class Switch:
-    """Say to many layers at once whether what was prepared for them is to be taken."""
-
-    is_on = False
-
-
-class LoRALinear(AdapterModule):
+class LoRALinear(AdaptedLinear):
     """Add an adapter's output to that of a linear layer.
 
     The adapter is on the base's device, on the CPU for a meta base.
@@ -121,9 +115,29 @@ class LoRALinear(AdapterModule):
         """
         base = self.base
         if isinstance(base, NF4Linear):
-            return nf4_linears(x, (projection_of(self),))[0]
+            return nf4_linears(x, (self.projection(),))[0]
         dropped = F.dropout(x, self.dropout, self.training)
         return add_lora(base(x), dropped, self.lora_A.weight, self.whole_B(self.lora_B.weight), self.scaling)
+
+    @property
+    def runs_at_once(self) -> bool:  # type: ignore[override]
+        """Return True where the adapter's gradients are added by the kernels, for each thread apart."""
+        return not self.parts
+
+    @property
+    def may_join(self) -> bool:  # type: ignore[override]
+        """Return True where the layer is adapted whole, and so can be computed with others over its input."""
+        return not self.parts
+
+    def projection(self) -> Projection:
+        """Return the layer as the kernels take it, for one call; its base is an NF4Linear.
+
+        Returns:
+            Weight, bias and adapter.
+        """
+        base = self.base
+        assert isinstance(base, NF4Linear), "the kernels take 4-bit layers"
+        return Projection(base.nf4_weight, base.bias, self.adapter())
 
     def whole_B(
         self,
@@ -202,20 +216,16 @@ class LoRALinear(AdapterModule):
         return f"rank={self.lora_B.in_features}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-def projection_of(layer: NF4Linear | LoRALinear) -> Projection:
+def projection_of(layer: NF4Linear | AdaptedLinear) -> Projection:
     """Return a layer as the kernels take it, for one call.
 
     Args:
         layer: 4-bit, adapted or not.
 
     Returns:
-        Weight, bias and adapter.
+        Weight, bias and what trains.
     """
-    if isinstance(layer, NF4Linear):
-        return Projection(layer.nf4_weight, layer.bias)
-    base = layer.base
-    assert isinstance(base, NF4Linear), "the kernels take 4-bit layers"
-    return Projection(base.nf4_weight, base.bias, layer.adapter())
+    return layer.projection() if isinstance(layer, AdaptedLinear) else Projection(layer.nf4_weight, layer.bias)
 
 
 def linear_facts(base: nn.Module) -> tuple[int, int, torch.device]:

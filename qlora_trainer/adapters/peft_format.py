@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_trainer.adapters.file_config import FileConfig
+from qlora_trainer.adapters.file_config import Differences, FileConfig
 from qlora_trainer.adapters.kinds.table import FILES, file_type
 from qlora_trainer.common.atomic import write_text
 from qlora_trainer.common.boundary import read_bounded_json
 from qlora_trainer.common.errors import AdapterError, DiskError, FileMissingError
 from qlora_trainer.common.units import counted
+from qlora_trainer.config.schema import AdapterConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -45,6 +46,17 @@ class StoredAdapter:
             The paths.
         """
         return self.config.adapted_paths(self.tensors)
+
+    def differences(self, wanted: AdapterConfig) -> Differences:
+        """Find settings that make this adapter's numbers another function.
+
+        Args:
+            wanted: a run's section `adapter`.
+
+        Returns:
+            (the adapter's value, the run's) by config key.
+        """
+        return self.config.differences(self.tensors, wanted)
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: FileConfig) -> None:

@@ -3,17 +3,27 @@
 Left out: what adapters compute (layers.py), and copying their values (inject.py).
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kernels.adapter import Projection
+from qlora_kernels.side_by_side import worker_number
 from qlora_trainer.adapters.file_config import PEFT_PREFIX
 from qlora_trainer.adapters.folds import Fold
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
 BiasMode = Literal["none", "lora_only", "all"]
+
+
+class Switch:
+    """Say to many layers at once whether what was prepared for them is to be taken."""
+
+    is_on = False
+    serial = 0  # of the block in which it is on
 
 
 class AdapterModule(nn.Module):
@@ -24,6 +34,21 @@ class AdapterModule(nn.Module):
     """
 
     base: nn.Module
+    runs_at_once = False  # several threads may be in it, as it takes what trains from `own`
+    # By worker, parameters that share the values and have gradients of their own, to be taken while the switch is on:
+    stand_ins: tuple[Switch, Sequence[Mapping[str, nn.Parameter]]] = (Switch(), ())
+
+    def own(self, name: str) -> nn.Parameter:
+        """Return a parameter as this thread is to take it.
+
+        Args:
+            name: inside the module.
+
+        Returns:
+            The parameter, or what stands in for it.
+        """
+        switch, by_worker = self.stand_ins
+        return by_worker[worker_number()][name] if switch.is_on else self.get_parameter(name)
 
     @property
     def leading_ids(self) -> list[int]:
@@ -51,6 +76,31 @@ class AdapterModule(nn.Module):
             The name.
         """
         return f"{PEFT_PREFIX}{path}.{name}"
+
+    def decays(self, name: str) -> bool:
+        """Return True if weight decay is for a parameter: by default for matrices.
+
+        Args:
+            name: inside the module.
+
+        Returns:
+            True if it is.
+        """
+        return self.get_parameter(name).dim() > 1
+
+    def hold(self) -> None:
+        """Compute from now on with what depends on the base's weight now, until `let_go`; by default nothing does."""
+
+    def let_go(self) -> None:
+        """Follow the base's weight again."""
+
+    def bias_fold(self) -> Fold | None:
+        """Say what becomes of the bias of `base` in a merge.
+
+        Returns:
+            The fold; None where the bias stays as it is.
+        """
+        return None
 
     def fold(self) -> Fold | None:
         """Say what becomes of the weight of `base` in a merge, by the adapter as it is now.
@@ -83,6 +133,20 @@ class AdapterModule(nn.Module):
             In the parameter's shape; None where the module cannot have such values.
         """
         return tensor
+
+
+class AdaptedLinear(AdapterModule, ABC):
+    """Wrap a linear layer; over a 4-bit one it is computed by the kernels, with others over the same input as one."""
+
+    may_join = True  # with others over the same input
+
+    @abstractmethod
+    def projection(self) -> Projection:
+        """Return the layer as the kernels take it, for one call; its base is an NF4Linear.
+
+        Returns:
+            Weight, bias and what trains.
+        """
 
 
 class TrainableBias(nn.Module):

@@ -6,14 +6,20 @@ A setting that the chosen kind has not is refused unless it is at its default. L
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from qlora_trainer.config.data_schema import Section
 
+_OF_LORA = (
+    *("rank", "alpha", "dropout", "target_modules", "fused_parts", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "use_rslora", "bias"),
+)
 SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
-    "lora": ("rank", "alpha", "dropout", "target_modules", "fused_parts", "use_rslora", "bias"),
+    "lora": _OF_LORA,
+    "dora": _OF_LORA,
+    "ia3": ("target_modules", "feedforward_modules", "layers_to_transform", "bias"),
     "prompt": ("virtual_tokens", "prompt_init_text"),
 }
 """The settings of the section adapter that a kind has, but for those of all kinds."""
@@ -34,23 +40,40 @@ def settings_of_others(kind: str) -> set[str]:
 class AdapterConfig(Section):
     """Configure the adapter, which is what trains."""
 
-    kind: Literal["lora", "prompt"] = Field(
+    kind: Literal["lora", "dora", "ia3", "prompt"] = Field(
         "lora",
-        description="Kind of adapter. lora: thin matrices next to linear layers (LoRA, Hu et al. 2021); prompt: "
-        "virtual tokens before each row (prompt tuning, Lester et al. 2021), which do not merge.",
+        description="Kind of adapter: lora (Hu et al. 2021); dora, which trains a norm for each row too (Liu et al. "
+        "2024); ia3, which scales keys, values and the inputs of MLPs' last layers (Liu et al. 2022); prompt, virtual "
+        "tokens before each row (prompt tuning, Lester et al. 2021), which do not merge.",
     )
     rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
     alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
     target_modules: str | list[str] = Field(
-        "all-linear",
-        description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
-        "expression that whole paths must match.",
+        "auto",
+        description="auto, all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a "
+        "regular expression that whole paths must match. auto: all-linear; of ia3 keys, values, and MLPs' last layers.",
+    )
+    feedforward_modules: list[str] | Literal["auto"] = Field(
+        "auto",
+        description="Of ia3: names of the target_modules whose input is scaled; auto: the last layers of MLPs.",
     )
     fused_parts: dict[str, list[str]] = Field(
         {},
         description="Parts to adapt in layers that compute several projections at once: {layer: parts}, such as "
         "{c_attn: [query, value]}. Each part has an adapter of this rank. Layers not named are adapted whole.",
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        {},
+        description="Ranks of layers that have another: {end of a path: rank}, such as {q_proj: 64, "
+        "layers.0.mlp.up_proj: 8}. Of several that fit a layer the first holds.",
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field(
+        {},
+        description="Alphas of layers that have another, likewise. A layer is scaled by its own alpha / rank.",
+    )
+    layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        None, description="Adapt these decoder layers only, counted from 0; null: all."
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
     bias: Literal["none", "lora_only", "all"] = Field(

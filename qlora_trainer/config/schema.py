@@ -68,6 +68,12 @@ class OptimizerConfig(Section):
         "paged_adamw_8bit where the run fits only so.",
     )
     learning_rate: float = Field(2e-4, gt=0.0, description="Peak learning rate.")
+    lora_plus_ratio: float = Field(
+        1.0,
+        gt=0.0,
+        description="The learning rate of lora_B is this times that of lora_A (LoRA+, Hayou et al. 2024, which advises "
+        "16 and a lower learning_rate); 1: the same.",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0, description="Share of all steps with a rising learning rate.")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay, on lora_A and lora_B only.")

@@ -30,6 +30,7 @@ from qlora_trainer.merging.trained_weights import (
 )
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.load import config_corrections
+from qlora_trainer.weights.listing import checkpoint_name
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.side_files import files_to_copy, refuse_full_disk
 from qlora_trainer.weights.tensors import TensorInfo, TensorSpec
@@ -182,7 +183,7 @@ def _plan_tensors(inputs: MergeInputs, dtype: torch.dtype) -> list[TensorPlan]:
             recorded=recorded.get(name),
             fold=folds.get(name),
             replacement=biases.get(name),
-            transposed=inputs.is_stored_transposed and (name in trained or name in folds),
+            transposed=inputs.is_stored_transposed and (name in trained or name in folds) and len(info.shape) > 1,
         )
         plans.append(dataclasses.replace(plan, output=_output_spec(plan, dtype)))
         _check_shapes(plans[-1])
@@ -201,6 +202,9 @@ def _by_stored_name(inputs: MergeInputs) -> tuple[dict[str, Fold], dict[str, Ten
         name_of(f"{path}.bias", tensors, stored_as, "was trained"): bias
         for path, bias in config.biases(trained).items()
     }
+    for path, fold in config.bias_folds(trained).items():
+        if name := checkpoint_name(stored_as.get(f"{path}.bias", f"{path}.bias"), tensors):
+            folds[name] = fold
     return folds, biases
 
 
@@ -231,10 +235,10 @@ def _output_spec(plan: TensorPlan, dtype: torch.dtype) -> TensorSpec:
 
 def _check_shapes(plan: TensorPlan) -> None:
     shape = plan.output.shape[::-1] if plan.transposed else plan.output.shape  # (O, I) of a weight
-    if plan.fold is not None and shape != plan.fold.shape:
+    if plan.fold is not None and not plan.fold.fits(shape):
         raise MergeError(
-            f"The adapter of {plan.source.name} is for a weight of {plan.fold.shape}, and the base's has {shape}. It "
-            "was made for another model."
+            f"The adapter of {plan.source.name} does not fit the base's, which has the shape {shape}. It was made for "
+            "another model."
         )
     if plan.replacement is not None and shape != plan.replacement.shape:
         raise MergeError(

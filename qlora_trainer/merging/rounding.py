@@ -8,7 +8,7 @@ into the merged files is no part of the reference, and shows in full.
 Legend: O out features, I in features, R rank.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -110,28 +110,31 @@ def rounded_weights(model: Any, dtype: torch.dtype) -> Iterator[None]:
         dtype: of the merged weights.
     """
     adapters = adapter_modules(model).values()
-    folds = {id(module.base): module.fold() for module in adapters}
+    folds = {id(module.base): (module.fold(), module.bias_fold()) for module in adapters}
     own = {id(parameter) for module in adapters for _, parameter in module.own_parameters()}
     with ExitStack() as undo:
+        for adapter in adapters:
+            undo.callback(adapter.let_go)
+            adapter.hold()
         for path, module in list(model.named_modules()):
-            fold = folds.get(id(module))
+            fold, bias_fold = folds.get(id(module), (None, None))
             if isinstance(module, NF4Linear):
                 undo.callback(model.set_submodule, path, module)
-                model.set_submodule(path, _dense(module, Rounding(dtype, fold)))
+                model.set_submodule(path, _dense(module, Rounding(dtype, fold), Rounding(dtype, bias_fold)))
             else:
-                _round_parameters(module, dtype, fold, own, undo)
+                _round_parameters(module, dtype, {"weight": fold, "bias": bias_fold}, own, undo)
         yield
 
 
 def _round_parameters(
-    module: nn.Module, dtype: torch.dtype, fold: Fold | None, own: Container[int], undo: ExitStack
+    module: nn.Module, dtype: torch.dtype, folds: Mapping[str, Fold | None], own: Container[int], undo: ExitStack
 ) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         if id(parameter) in own:
             continue
-        has_adapter = fold is not None and name == "weight"
-        transposed = has_adapter and not isinstance(module, nn.Linear)
-        rounding = Rounding(dtype, fold if has_adapter else None, transposed)
+        fold = folds.get(name)
+        transposed = fold is not None and parameter.dim() > 1 and not isinstance(module, nn.Linear)
+        rounding = Rounding(dtype, fold, transposed)
         if isinstance(parameter, StreamedMatrix):
             parameter.rounding = rounding
             undo.callback(setattr, parameter, "rounding", None)
@@ -140,10 +143,10 @@ def _round_parameters(
             parameter.data = rounding(parameter.data.float())
 
 
-def _dense(module: NF4Linear, rounding: Rounding) -> nn.Linear:
+def _dense(module: NF4Linear, rounding: Rounding, of_bias: Rounding) -> nn.Linear:
     """Make a plain layer of the rounded weight, with the bias rounded too."""
     dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
     dense.weight = nn.Parameter(rounding(dequantize_nf4(module.nf4_weight, torch.float32)), requires_grad=False)
     if module.bias is not None:
-        dense.bias = nn.Parameter(module.bias.data.to(rounding.dtype).float(), requires_grad=False)
+        dense.bias = nn.Parameter(of_bias(module.bias.data.float()), requires_grad=False)
     return dense

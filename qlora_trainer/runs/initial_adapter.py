@@ -29,12 +29,14 @@ def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDi
     Raises:
         AdapterError: they differ; the message lists the settings to change.
     """
-    changes = [override(key, found) for key, (found, _) in initial.config.differences(config.adapter).items()]
+    changes = [override(key, found) for key, (found, _) in initial.differences(config.adapter).items()]
     kind = adapter_kind(config.adapter)
     if initial.config.kind == kind.name:  # else the paths have nothing to do with each other
         model = empty_model(directory)
         if set(initial.paths) != set(kind.target_paths(model, config.adapter)):
-            changes.append(override("adapter.target_modules", list(target_names(model, initial.paths))))
+            changes.append(override("adapter.target_modules", target_names(model, initial.paths)))
+            if config.adapter.layers_to_transform is not None:
+                changes.append(override("adapter.layers_to_transform", None))
     if changes:
         raise AdapterError(
             f"The adapter {config.adapter.init_from} was made with other settings than this config has. To start from "

@@ -120,7 +120,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     adapter = read_adapter(found.path)
     refused += [
         f"{key}: {was} → {now}, by the adapter's own file"
-        for key, (was, now) in adapter.config.differences(config.adapter).items()
+        for key, (was, now) in adapter.differences(config.adapter).items()
         if not any(change.startswith(f"{key}:") for change in refused)
     ]
     if refused:

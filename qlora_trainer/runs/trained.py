@@ -72,7 +72,7 @@ def read_trained(directory: Path) -> TrainedAdapter:
     config = read_run_config(directory)
     source, record = _newest_adapter(directory)
     adapter = read_adapter(source)
-    if differences := adapter.config.differences(config.adapter):
+    if differences := adapter.differences(config.adapter):
         changes = "; ".join(
             f"{key} is {now} in {RUN_CONFIG_NAME} and {was} there" for key, (was, now) in differences.items()
         )

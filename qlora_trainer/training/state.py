@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.adapters.inject import lora_layers
-from qlora_trainer.adapters.joint import with_stacks_together
 from qlora_trainer.adapters.layers import LoRALinear
-from qlora_trainer.adapters.trainable import leading_ids, trainable_parameters
+from qlora_trainer.adapters.trainable import adapter_modules, leading_ids
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture
 from qlora_trainer.model.forward import ForwardPlan, examine_forward
 from qlora_trainer.training.determinism import repeats_side_by_side
-from qlora_trainer.training.flat import FlatGroup, PreparedAdapters, flatten_parameters
+from qlora_trainer.training.flat import FlatGroup, PreparedAdapters, group_trainable
 from qlora_trainer.training.loss_scale import GradScale
 from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.training.optimizer import Optimizer, build_optimizer
@@ -163,7 +162,7 @@ def build_state(
     apply_policy(model, policy, workers)
     forward = examine_forward(model, config.data.max_length)
     adapted = list(lora_layers(model).values())
-    groups = _flat_groups(model, adapted, config.optimizer.weight_decay, workers)
+    groups = group_trainable(model, config.optimizer, workers)
     leading = leading_ids(model)
     assert train[0].input_ids[: len(leading)] == leading, "each row begins with the model's virtual tokens"
     loader = StepLoader(
@@ -179,7 +178,7 @@ def build_state(
         model=model,
         adapted=adapted,
         groups=groups,
-        prepared=PreparedAdapters(adapted, groups, model.config.dtype),
+        prepared=PreparedAdapters(adapted, groups, model.config.dtype, adapter_modules(model).values()),
         optimizer=build_optimizer(config.optimizer, groups),
         grad_scale=GradScale(enabled=compute_dtype == torch.float16),
         loader=loader,
@@ -190,25 +189,6 @@ def build_state(
         patches=patches,
         workers=workers,
     )
-
-
-def _flat_groups(model: Any, adapted: list[LoRALinear], weight_decay: float, workers: int) -> list[FlatGroup]:
-    """Put what trains into groups: LoRA's matrices, which alone decay; biases; and all else."""
-    matrices = {id(part.weight) for layer in adapted for part in (layer.lora_A, layer.lora_B)}
-    named: dict[str, list[tuple[str, torch.nn.Parameter]]] = {"lora": [], "bias": [], "other": []}
-    for name, p in trainable_parameters(model):
-        named["lora" if id(p) in matrices else "bias" if name.endswith(".bias") else "other"].append((name, p))
-    named["lora"] = with_stacks_together(named["lora"], adapted)
-    return [
-        flatten_parameters(
-            parameters,
-            name=group,
-            weight_decay=weight_decay if group == "lora" else 0.0,
-            workers=workers if group == "lora" else 1,
-        )
-        for group, parameters in named.items()
-        if parameters
-    ]
 
 
 def total_steps(config: RunConfig, loader: StepLoader) -> int:

@@ -9,7 +9,8 @@ def test_rows_of_a_lora_fold_are_those_of_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, A, B = (torch.randn(shape, generator=generator) for shape in ((6, 5), (2, 5), (6, 2)))
     fold = LoraFold(A, B, 0.5)
-    assert fold.shape == (6, 5)
+    assert fold.fits((6, 5))
+    assert not fold.fits((5, 6))
     expected = (weight.double() + 0.5 * B.double() @ A.double()).float()
     for rows in (slice(0, 6), slice(2, 5)):
         assert torch.allclose(fold.rows(weight[rows], rows), expected[rows], rtol=1e-6, atol=1e-6)

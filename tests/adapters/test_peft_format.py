@@ -204,9 +204,8 @@ def test_a_tensor_that_is_no_part_of_an_adapter_is_refused_by_name(tmp_path: Pat
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 16}),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": -1.0}),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 1]]),
@@ -231,8 +230,8 @@ def test_a_config_that_means_another_function_is_refused_by_key(tmp_path: Path, 
 
 
 def test_all_problems_of_a_config_are_reported_at_once(tmp_path: Path) -> None:
-    write_raw(tmp_path, small_adapter(), use_dora=True, modules_to_save=["lm_head"], r=0)
-    with pytest.raises(AdapterError, match=r"(?s)use_dora.*modules_to_save.*- r:"):
+    write_raw(tmp_path, small_adapter(), lora_bias=True, modules_to_save=["lm_head"], r=0)
+    with pytest.raises(AdapterError, match=r"(?s)lora_bias.*modules_to_save.*- r:"):
         read_adapter(tmp_path)
 
 

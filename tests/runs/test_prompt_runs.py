@@ -18,7 +18,7 @@ from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.adapters.trainable import leading_ids
 from qlora_trainer.common.errors import AdapterError, CheckpointError, DataError, MergeError
 from qlora_trainer.config.load import load_config, save_config
-from qlora_trainer.config.schema import AdapterConfig, RunConfig
+from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.types import Example, PromptTokens
 from qlora_trainer.merging import merge_run as merging
 from qlora_trainer.runs import start as runs
@@ -32,9 +32,8 @@ P = 5
 
 
 def prompt_config(tiny_config: Config, output: str = "run", virtual_tokens: int = P, **changes: Any) -> RunConfig:
-    changes = {"training": {"max_steps": 2}, **changes}
-    adapter = AdapterConfig(kind="prompt", virtual_tokens=virtual_tokens)
-    return tiny_config(output, **changes).model_copy(update={"adapter": adapter})
+    adapter = {"kind": "prompt", "virtual_tokens": virtual_tokens}
+    return tiny_config(output, **{"training": {"max_steps": 2}, "adapter": adapter, **changes})
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def test_virtual_tokens_that_fill_the_models_positions_are_refused(tiny_config: 
 
 def test_virtual_tokens_have_no_weight_decay_and_are_trained_by_one_thread(tiny_config: Config) -> None:
     run = start_run(prompt_config(tiny_config, optimizer={"weight_decay": 0.1}, training={"cpu_workers": 2}))
-    assert [(group.name, group.weight_decay) for group in run.state.groups] == [("other", 0.0)]
+    assert [(group.name, group.weight_decay) for group in run.state.groups] == [("bias", 0.0)]
     assert run.state.workers == 1
     assert not repeats_side_by_side(run.base.model)
 

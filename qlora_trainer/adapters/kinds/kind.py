@@ -76,11 +76,12 @@ class AdapterKind(ABC):
         """
 
     @abstractmethod
-    def layer_numbers(self, settings: AdapterConfig, inputs: int, outputs: int) -> int:
+    def layer_numbers(self, settings: AdapterConfig, path: str, inputs: int, outputs: int) -> int:
         """Count the numbers that multiply each token at an adapted layer, for the estimate of a step's time.
 
         Args:
             settings: the config's section `adapter`.
+            path: of the layer.
             inputs: I, features.
             outputs: O, features.
 

@@ -1,5 +1,6 @@
 """Add a product of two thin matrices to a layer's output: LoRA (Hu et al. 2021, arXiv:2106.09685)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +12,8 @@ from qlora_trainer.adapters.fused_parts import trained_rows
 from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig, stored_ranks
 from qlora_trainer.adapters.layers import LoRALinear
-from qlora_trainer.adapters.targets import find_targets, target_names
+from qlora_trainer.adapters.patterns import check_patterns, layer_alpha, layer_rank
+from qlora_trainer.adapters.targets import adapted_paths, target_names
 from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
 from qlora_trainer.config.schema import AdapterConfig
 
@@ -21,6 +23,7 @@ class LoraKind(AdapterKind):
 
     name: ClassVar[str] = "lora"
     size: ClassVar[str] = "adapter.rank"
+    layer: ClassVar[type[LoRALinear]] = LoRALinear
 
     def add(
         self, model: nn.Module, settings: AdapterConfig, seed: int, tokenizer: TextTokenizer | None = None
@@ -39,14 +42,15 @@ class LoraKind(AdapterKind):
             The paths of the adapted layers.
         """
         paths = self.target_paths(model, settings)
+        check_patterns(settings, paths)
         parts = trained_rows(model, paths, settings.fused_parts)
         generator = torch.Generator().manual_seed(seed)
         dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
         for path in paths:
-            layer = LoRALinear.from_base(
+            layer = self.layer.from_base(
                 model.get_submodule(path),
-                rank=settings.rank,
-                alpha=settings.alpha,
+                rank=layer_rank(settings, path),
+                alpha=layer_alpha(settings, path),
                 dropout=settings.dropout,
                 use_rslora=settings.use_rslora,
                 generator=generator,
@@ -68,7 +72,7 @@ class LoraKind(AdapterKind):
         Returns:
             Their paths.
         """
-        return find_targets(model, settings.target_modules)
+        return adapted_paths(model, settings)
 
     def file_config(
         self,
@@ -92,15 +96,18 @@ class LoraKind(AdapterKind):
         Returns:
             The file's config.
         """
-        scaling = lora_scaling(settings.rank, settings.alpha, settings.use_rslora)
         ranks = stored_ranks(tensors)
         rank = settings.rank if len(set(ranks.values())) > 1 else max(ranks.values())
-        other_ranks = {path: found for path, found in ranks.items() if found != rank}
+        alphas = {
+            path: lora_scaling(layer_rank(settings, path), layer_alpha(settings, path), settings.use_rslora) * found
+            for path, found in ranks.items()
+        }
+        alpha = lora_scaling(settings.rank, settings.alpha, settings.use_rslora) * rank
         return LoraFileConfig(
             r=rank,
-            lora_alpha=scaling * rank,
-            rank_pattern=other_ranks,
-            alpha_pattern={path: scaling * other for path, other in other_ranks.items()},
+            lora_alpha=alpha,
+            rank_pattern={path: found for path, found in ranks.items() if found != rank},
+            alpha_pattern={path: found for path, found in alphas.items() if not math.isclose(found, alpha)},
             lora_dropout=settings.dropout,
             target_modules=target_names(model, paths),
             bias=settings.bias,
@@ -108,18 +115,19 @@ class LoraKind(AdapterKind):
             **named,
         )
 
-    def layer_numbers(self, settings: AdapterConfig, inputs: int, outputs: int) -> int:
+    def layer_numbers(self, settings: AdapterConfig, path: str, inputs: int, outputs: int) -> int:
         """Count R (I + O).
 
         Args:
             settings: the config's section `adapter`.
+            path: of the layer.
             inputs: I, features.
             outputs: O, features.
 
         Returns:
             The count.
         """
-        return settings.rank * (inputs + outputs)
+        return layer_rank(settings, path) * (inputs + outputs)
 
     def in_words(self, settings: AdapterConfig) -> str:
         """Describe the rank.
@@ -130,7 +138,8 @@ class LoraKind(AdapterKind):
         Returns:
             A phrase.
         """
-        return f"rank {settings.rank}"
+        others = sorted(set(settings.rank_pattern.values()) - {settings.rank})
+        return f"rank {settings.rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
 
 
 LORA_KIND = LoraKind()

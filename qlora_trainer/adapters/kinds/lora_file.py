@@ -9,21 +9,24 @@ Legend: R rank, I in features, O out features.
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from qlora_trainer.adapters.file_config import Differences, FileConfig, value_in_brief
-from qlora_trainer.adapters.folds import Fold, LoraFold
+from qlora_trainer.adapters.file_config import PEFT_PREFIX, Differences, FileConfig, value_in_brief
+from qlora_trainer.adapters.folds import DoraFold, Fold, LoraFold
 from qlora_trainer.adapters.formulas import lora_scaling
-from qlora_trainer.common.dotted_names import ends_in
+from qlora_trainer.adapters.patterns import layer_alpha, layer_parts, layer_rank, of_pattern
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig
 
 MAX_RANK = 3 * 1024  # three fused parts times the largest adapter.rank
+StoredRank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+StoredAlpha = Annotated[float, Field(gt=0.0)]
 _FACTOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
+_MAGNITUDE = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_magnitude_vector")
 _BIAS = re.compile(r"base_model\.model\.(?P<path>.+)\.bias")
 _PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal")  # others change the base's weights, or may
 
@@ -39,7 +42,6 @@ class LoraFileConfig(FileConfig):
         "qalora_group_size",
     }
     refused: ClassVar[Mapping[str, str]] = {
-        "use_dora": "DoRA is not supported yet",
         "modules_to_save": "modules saved whole are not supported; train it without them, or merge it with PEFT first",
         "trainable_token_indices": "trained token embeddings are not supported; merge it with PEFT first",
         "target_parameters": "adapters on bare parameters are not supported; merge it with PEFT first",
@@ -50,36 +52,23 @@ class LoraFileConfig(FileConfig):
 
     peft_type: Literal["LORA"] = "LORA"
     task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
-    r: int = Field(ge=1, le=MAX_RANK)
-    lora_alpha: float = Field(gt=0.0)
+    r: StoredRank
+    lora_alpha: StoredAlpha
     lora_dropout: float = Field(0.0, ge=0.0, le=1.0)
-    rank_pattern: dict[str, int] = Field(default_factory=dict)  # other ranks than r, by the end of a path
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)  # likewise of alpha
+    rank_pattern: dict[str, StoredRank] = Field(default_factory=dict)  # other ranks than r, by the end of a path
+    alpha_pattern: dict[str, StoredAlpha] = Field(default_factory=dict)  # likewise of alpha
     target_modules: list[str] | str | None  # ends of module paths, or a regex; reading goes by the tensors instead
     bias: Literal["none", "lora_only", "all"] = "none"
     use_rslora: bool = False
-    use_dora: Literal[False] = False
+    use_dora: bool = False
     fan_in_fan_out: bool = False  # the base stores these weights (I, O), as GPT-2's Conv1D does
     init_lora_weights: bool | str | None = True
     modules_to_save: None = None
 
-    @model_validator(mode="after")
-    def _one_scaling_holds_for_all(self) -> Self:
-        scaling = lora_scaling(self.r, self.lora_alpha, self.use_rslora)
-        for name in {**self.rank_pattern, **self.alpha_pattern}:
-            rank, alpha = self.rank_pattern.get(name, self.r), self.alpha_pattern.get(name, self.lora_alpha)
-            if not 1 <= rank <= MAX_RANK or not math.isclose(lora_scaling(rank, alpha, self.use_rslora), scaling):
-                key = "rank_pattern" if name in self.rank_pattern else "alpha_pattern"
-                raise ValueError(
-                    f"{key} gives {name} rank {rank} and alpha {alpha:g}, and so another scaling than the other layers "
-                    "have, which is not supported; train it with one scaling"
-                )
-        return self
-
     @property
     def kind(self) -> str:
         """Return the value of adapter.kind that such an adapter has."""
-        return "lora"
+        return "dora" if self.use_dora else "lora"
 
     @property
     def is_stored_transposed(self) -> bool:
@@ -114,7 +103,7 @@ class LoraFileConfig(FileConfig):
         Returns:
             R.
         """
-        return next((r for end, r in self.rank_pattern.items() if ends_in(path, end)), self.r)
+        return of_pattern(self.rank_pattern, path, self.r)
 
     def scaling_of(self, path: str) -> float:
         """Return the factor of a layer's adapter.
@@ -125,7 +114,7 @@ class LoraFileConfig(FileConfig):
         Returns:
             s.
         """
-        alpha = next((alpha for end, alpha in self.alpha_pattern.items() if ends_in(path, end)), self.lora_alpha)
+        alpha = of_pattern(self.alpha_pattern, path, self.lora_alpha)
         return lora_scaling(self.rank_of(path), alpha, self.use_rslora)
 
     def check_tensors(self, tensors: Mapping[str, Tensor], origin: str) -> None:
@@ -156,8 +145,9 @@ class LoraFileConfig(FileConfig):
         for path, parts in pairs.items():
             if len(parts) == 1:
                 raise AdapterError(f"{origin}: {path} has lora_{parts.pop()} but not the other half of the pair.")
+        self._check_magnitudes(tensors, pairs, origin)
         for name, tensor in tensors.items():
-            if _FACTOR.fullmatch(name) is None:
+            if not (_FACTOR.fullmatch(name) or (self.use_dora and _MAGNITUDE.fullmatch(name))):
                 self._check_bias(name, tensor, pairs, origin)
 
     def adapted_paths(self, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -180,14 +170,7 @@ class LoraFileConfig(FileConfig):
         Returns:
             Folds by the path of the layer.
         """
-        return {
-            path: LoraFold(
-                tensors[f"base_model.model.{path}.lora_A.weight"],
-                tensors[f"base_model.model.{path}.lora_B.weight"],
-                self.scaling_of(path),
-            )
-            for path in stored_ranks(tensors)
-        }
+        return {path: self._fold(tensors, path) for path in stored_ranks(tensors)}
 
     def biases(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Find the biases of the base that were trained.
@@ -201,25 +184,34 @@ class LoraFileConfig(FileConfig):
         found = {match["path"]: tensor for name, tensor in tensors.items() if (match := _BIAS.fullmatch(name))}
         return {path.removesuffix(".base_layer"): tensor for path, tensor in found.items()}
 
-    def settings_of(self, wanted: AdapterConfig) -> Differences:
-        """Put rank, alpha and bias mode next to a run's.
+    def settings_of(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
+        """Put ranks, scalings and bias mode next to a run's, layer by layer.
+
+        One function can be written in several ways, so the settings differ only where a layer does.
 
         Args:
+            tensors: by PEFT's names.
             wanted: the run's section `adapter`.
 
         Returns:
             Pairs, equal or not.
         """
+        pairs: Differences = {"adapter.bias": (self.bias, wanted.bias)}
+        ranks = stored_ranks(tensors)
         # Parts of a fused layer that are adapted alone are stored as one adapter of their summed rank.
-        ranks = {wanted.rank * count for count in {1, *map(len, wanted.fused_parts.values())}}
-        pairs: Differences = {
-            "adapter.rank": (wanted.rank if self.r in ranks else self.r, wanted.rank),
-            "adapter.bias": (self.bias, wanted.bias),
-        }
-        scaling = lora_scaling(self.r, self.lora_alpha, self.use_rslora)
-        ours = lora_scaling(wanted.rank, wanted.alpha, wanted.use_rslora)
-        if not math.isclose(scaling, ours, rel_tol=1e-12):  # one scaling can be written in two ways
+        if any(rank != layer_rank(wanted, path) * layer_parts(wanted, path) for path, rank in ranks.items()):
+            pairs["adapter.rank"] = (self.r, wanted.rank)
+            pairs["adapter.rank_pattern"] = (self.rank_pattern, wanted.rank_pattern)
+        if not all(
+            math.isclose(
+                self.scaling_of(path),
+                lora_scaling(layer_rank(wanted, path), layer_alpha(wanted, path), wanted.use_rslora),
+                rel_tol=1e-12,
+            )
+            for path in ranks
+        ):
             pairs["adapter.alpha"] = (self.lora_alpha, wanted.alpha)
+            pairs["adapter.alpha_pattern"] = (self.alpha_pattern, wanted.alpha_pattern)
             pairs["adapter.use_rslora"] = (self.use_rslora, wanted.use_rslora)
         return pairs
 
@@ -234,13 +226,32 @@ class LoraFileConfig(FileConfig):
         content["alpha_pattern"] = {name: _as_integer(alpha) for name, alpha in content["alpha_pattern"].items()}
         return content
 
+    def _fold(self, tensors: Mapping[str, Tensor], path: str) -> Fold:
+        of_layer = f"{PEFT_PREFIX}{path}."
+        A, B = tensors[f"{of_layer}lora_A.weight"], tensors[f"{of_layer}lora_B.weight"]
+        if self.use_dora:
+            return DoraFold(A, B, self.scaling_of(path), tensors[f"{of_layer}lora_magnitude_vector"])
+        return LoraFold(A, B, self.scaling_of(path))
+
+    def _check_magnitudes(self, tensors: Mapping[str, Tensor], adapted: Collection[str], origin: str) -> None:
+        """Check that DoRA has a magnitude for each output of each adapted layer."""
+        if not self.use_dora:
+            return
+        for path in adapted:
+            name = f"{PEFT_PREFIX}{path}.lora_magnitude_vector"
+            outputs = len(tensors[f"{PEFT_PREFIX}{path}.lora_B.weight"])
+            if name not in tensors:
+                raise AdapterError(f"{origin} says use_dora, and lacks {name}; the file is incomplete.")
+            if tensors[name].shape != (outputs,):
+                raise AdapterError(f"{origin}: {name} has shape {tuple(tensors[name].shape)}, not ({outputs},).")
+
     def _check_bias(self, name: str, tensor: Tensor, adapted: Mapping[str, object], origin: str) -> None:
         """Refuse a bias of a wrong name: an adapted layer's is `<path>.base_layer.bias`, any other's `<path>.bias`."""
         match = _BIAS.fullmatch(name)
         if match is None:
             raise AdapterError(
-                f"{origin} also holds {name}, which is no part of a LoRA adapter and would overwrite the base. Trained "
-                "heads, embeddings, DoRA magnitudes and modules saved whole are not supported."
+                f"{origin} also holds {name}, which is no part of such an adapter and would overwrite the base. "
+                "Trained heads, embeddings and modules saved whole are not supported."
             )
         path = match["path"]
         of_adapted = path.endswith(".base_layer") and path.removesuffix(".base_layer") in adapted

@@ -93,11 +93,12 @@ class PromptKind(AdapterKind):
             **named,
         )
 
-    def layer_numbers(self, settings: AdapterConfig, inputs: int, outputs: int) -> int:
+    def layer_numbers(self, settings: AdapterConfig, path: str, inputs: int, outputs: int) -> int:
         """Count none: no layer is adapted.
 
         Args:
             settings: the config's section `adapter`.
+            path: of the layer.
             inputs: I, features.
             outputs: O, features.
 

@@ -56,6 +56,17 @@ class PromptEmbedding(AdapterModule):
         """
         return name
 
+    def decays(self, name: str) -> bool:
+        """Return False: a virtual token that decays would decay to the mean of no words.
+
+        Args:
+            name: inside the module.
+
+        Returns:
+            False.
+        """
+        return False
+
     def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, H)
         """Look up tokens.
 

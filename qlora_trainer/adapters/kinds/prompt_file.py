@@ -84,10 +84,11 @@ class PromptFileConfig(FileConfig):
         """
         return {}
 
-    def settings_of(self, wanted: AdapterConfig) -> Differences:
+    def settings_of(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
         """Put the number of virtual tokens next to a run's.
 
         Args:
+            tensors: by PEFT's names.
             wanted: the run's section `adapter`.
 
         Returns:

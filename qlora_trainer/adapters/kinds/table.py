@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_trainer.adapters.file_config import FileConfig
+from qlora_trainer.adapters.kinds.dora import DORA_KIND
+from qlora_trainer.adapters.kinds.ia3 import IA3_KIND
+from qlora_trainer.adapters.kinds.ia3_file import Ia3FileConfig
 from qlora_trainer.adapters.kinds.kind import AdapterKind
 from qlora_trainer.adapters.kinds.lora import LORA_KIND
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig
@@ -11,8 +14,12 @@ from qlora_trainer.adapters.kinds.prompt import PROMPT_KIND
 from qlora_trainer.adapters.kinds.prompt_file import PromptFileConfig
 from qlora_trainer.config.schema import AdapterConfig
 
-ADAPTER_KINDS: Mapping[str, AdapterKind] = {kind.name: kind for kind in (LORA_KIND, PROMPT_KIND)}
-FILES: Mapping[str, type[FileConfig]] = {"LORA": LoraFileConfig, "PROMPT_TUNING": PromptFileConfig}
+ADAPTER_KINDS: Mapping[str, AdapterKind] = {kind.name: kind for kind in (LORA_KIND, DORA_KIND, IA3_KIND, PROMPT_KIND)}
+FILES: Mapping[str, type[FileConfig]] = {
+    "LORA": LoraFileConfig,
+    "IA3": Ia3FileConfig,
+    "PROMPT_TUNING": PromptFileConfig,
+}
 """Configs of files by peft_type."""
 
 

@@ -82,7 +82,7 @@ def count_shape(directory: ModelDirectory, config: RunConfig, dtype: torch.dtype
         tiled += inputs * outputs * (of_expert is None and getattr(text, "intermediate_size", 0) in (inputs, outputs))
         between += share * (inputs + outputs)
         if path in adapted:
-            adapters += kind.layer_numbers(config.adapter, inputs, outputs)
+            adapters += kind.layer_numbers(config.adapter, path, inputs, outputs)
             between += inputs + 3 * outputs  # read for A; what B gives is read, and added to the output
     sizes = head_sizes(text)
     width = sizes[0] * sizes[2] if sizes else text.hidden_size

@@ -39,11 +39,6 @@ def away_from_its_start(model: Any) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def run_config(tiny_config: Config, case: KindCase, output: str = "run", **changes: Any) -> RunConfig:
-    """A short run of the kind; the section `adapter` is the case's alone."""
-    return tiny_config(output, **changes).model_copy(update={"adapter": case.config})
-
-
 @each_family
 @each_kind
 def test_the_gradient_is_the_same_packed_padded_and_alone(case: KindCase, family: str, tiny_models: Models) -> None:
@@ -62,10 +57,10 @@ def test_the_gradient_is_the_same_packed_padded_and_alone(case: KindCase, family
 
 @each_kind
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(case: KindCase, tiny_config: Config) -> None:
-    whole = start_run(run_config(tiny_config, case, "whole"))
+    whole = start_run(tiny_config("whole", adapter=case.settings))
     began = adapter_state_dict(whole.base.model)
     assert whole.train(quiet)
-    parts = start_run(run_config(tiny_config, case, "parts"))
+    parts = start_run(tiny_config("parts", adapter=case.settings))
     assert not parts.train(quiet, stop_after=3)
     assert resume_run(parts.directory).train(quiet)
     expected, found = final_adapter(whole.directory), final_adapter(parts.directory)
@@ -76,7 +71,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(case: KindCase, tiny
 
 @each_kind
 def test_the_base_does_not_change_in_training(case: KindCase, tiny_config: Config) -> None:
-    run = start_run(run_config(tiny_config, case))
+    run = start_run(tiny_config(adapter=case.settings))
     model = run.base.model
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad} | dict(model.named_buffers())
     before = {name: tensor.clone() for name, tensor in frozen.items()}
@@ -91,7 +86,7 @@ def test_the_plan_counts_what_a_run_trains(
     case: KindCase, family: str, tiny_config: Config, tiny_models: Models
 ) -> None:
     directory = tiny_models(family)
-    config = run_config(tiny_config, case, model={"name": str(directory)})
+    config = tiny_config(adapter=case.settings, model={"name": str(directory)})
     plan = plan_memory(ModelDirectory.open(directory), config)
     run = start_run(config)
     trained = adapter_state_dict(run.base.model)
@@ -165,7 +160,7 @@ def test_we_compute_the_same_by_pefts_files(case: KindCase, family: str, tmp_pat
     theirs = get_peft_model(plain_model(family), case.peft_config(family)).eval()
     theirs.save_pretrained(tmp_path)
     stored = read_adapter(tmp_path)
-    assert stored.config.differences(case.config) == {}
+    assert stored.differences(case.config) == {}
     model = plain_model(family)
     add_adapters(model, case.config, seed=3)
     load_adapter_state(model, stored.tensors)

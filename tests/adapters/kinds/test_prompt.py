@@ -160,7 +160,7 @@ def test_twenty_virtual_tokens_of_width_768_train_15_360_numbers(
     tiny_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     directory = make_model_directory(tmp_path / "wide", hidden_size=768, num_hidden_layers=1)
-    config = tiny_config(model={"name": str(directory)}).model_copy(update={"adapter": AdapterConfig(kind="prompt")})
+    config = tiny_config(model={"name": str(directory)}, adapter={"kind": "prompt"})
     assert plan_memory(ModelDirectory.open(directory), config).adapter_parameters == 15_360
 
 
