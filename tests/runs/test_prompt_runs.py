@@ -107,7 +107,8 @@ def test_what_a_step_takes_begins_with_virtual_tokens_as_does_each_prompt(prompt
 
 def test_answers_are_those_of_the_forward_with_virtual_tokens_in_any_batch(prompted: Path) -> None:
     trained = open_trained(prompted)
-    model, tokenizer = trained.base.model, trained.renderer.tokenizer
+    model: Any = trained.base.model
+    tokenizer: Any = trained.renderer.tokenizer
     prompts = [PromptTokens(ids, [tokenizer.eos_token_id]) for ids in ([5, 6, 7, 8, 9], [20, 21], [30, 31, 32])]
     expected = []
     for prompt in prompts:
