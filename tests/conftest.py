@@ -19,6 +19,7 @@ from qlora_kernels.registry import other_versions
 from qlora_trainer.cli import app as cli
 from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.common import machine
+from qlora_trainer.config.adapter_schema import settings_of_others
 from qlora_trainer.config.load import make_config, save_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.merging import plain_check, plain_verification
@@ -171,8 +172,8 @@ def tiny_config(tmp_path: Path, tiny_llama: Path, rows: Path) -> Callable[..., R
             },
             "evaluation": {"samples": 2, "max_new_tokens": 4},
         }
-        if "kind" in changes.get("adapter", {}):
-            raw["adapter"] = {}  # other kinds have no rank
+        others = settings_of_others(changes.get("adapter", {}).get("kind", "lora"))
+        raw["adapter"] = {name: value for name, value in raw["adapter"].items() if name not in others}
         for section, fields in changes.items():
             raw[section] = {**raw.get(section, {}), **fields}
         return make_config(raw)

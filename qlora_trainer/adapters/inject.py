@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.adapters.kinds.kind import TextTokenizer
 from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.adapters.trainable import (
@@ -29,7 +30,9 @@ from qlora_trainer.common.units import counted
 from qlora_trainer.config.schema import AdapterConfig
 
 
-def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> list[str]:
+def add_adapters(
+    model: nn.Module, settings: AdapterConfig, seed: int = 0, tokenizer: TextTokenizer | None = None
+) -> list[str]:
     """Put adapters of the settings' kind on a model, and freeze all else but the biases that `settings.bias` names.
 
     Biases that train become fp32, adapters are of `settings.dtype`, fp32 for auto. What is drawn is drawn from `seed`
@@ -39,11 +42,12 @@ def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> li
         model: any, of transformers or not.
         settings: the config's section `adapter`.
         seed: of what is drawn.
+        tokenizer: of the model; only settings that hold text, such as adapter.prompt_init_text, need one.
 
     Returns:
         The paths of the adapted modules.
     """
-    return adapter_kind(settings).add(model, settings, seed)
+    return adapter_kind(settings).add(model, settings, seed, tokenizer)
 
 
 def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tensor]:
@@ -120,7 +124,7 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if tensors[name].shape != shape:
             raise AdapterError(
                 f"The adapter does not fit: {name} has shape {tuple(tensors[name].shape)}, the model needs "
-                f"{tuple(shape)}. Check adapter.rank and the base."
+                f"{tuple(shape)}. Check the section adapter of the config, and the base."
             )
         if not torch.isfinite(tensors[name]).all():
             raise AdapterError(f"The adapter's tensor {name} holds values that are not finite; it is damaged.")

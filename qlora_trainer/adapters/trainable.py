@@ -50,6 +50,11 @@ class AdapterModule(nn.Module):
         switch, by_worker = self.stand_ins
         return by_worker[worker_number()][name] if switch.is_on else self.get_parameter(name)
 
+    @property
+    def leading_ids(self) -> list[int]:
+        """Return the ids of virtual tokens, beyond the vocabulary, that each row begins with. Most kinds have none."""
+        return []
+
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what trains next to the base.
 
@@ -59,6 +64,18 @@ class AdapterModule(nn.Module):
         for name, parameter in self.named_parameters():
             if not name.startswith("base."):
                 yield name, parameter
+
+    def stored_name(self, path: str, name: str) -> str:
+        """Return the name of a parameter in PEFT's file.
+
+        Args:
+            path: of the module in the model.
+            name: inside the module.
+
+        Returns:
+            The name.
+        """
+        return f"{PEFT_PREFIX}{path}.{name}"
 
     def decays(self, name: str) -> bool:
         """Return True if weight decay is for a parameter: by default for matrices.
@@ -220,11 +237,29 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
         (PEFT's name, parameter).
     """
     adapted = adapter_modules(model)
+    stored = {
+        id(parameter): module.stored_name(path, name)
+        for path, module in adapted.items()
+        for name, parameter in module.own_parameters()
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             path, found, rest = name.rpartition(".base.")
             inside = found and path in adapted  # PEFT calls what a layer wraps its base_layer
-            yield PEFT_PREFIX + (f"{path}.base_layer.{rest}" if inside else name), parameter
+            other = PEFT_PREFIX + (f"{path}.base_layer.{rest}" if inside else name)
+            yield stored.get(id(parameter), other), parameter
+
+
+def leading_ids(model: nn.Module) -> list[int]:
+    """Return the ids of a model's virtual tokens, which each of its rows begins with.
+
+    Args:
+        model: with or without adapters.
+
+    Returns:
+        The ids, beyond those of the vocabulary; none for most kinds of adapters.
+    """
+    return [token for module in adapter_modules(model).values() for token in module.leading_ids]
 
 
 def biased_modules(model: nn.Module, mode: BiasMode) -> list[tuple[str, nn.Module]]:

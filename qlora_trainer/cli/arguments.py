@@ -76,12 +76,13 @@ def read_settings(
         The config.
 
     Raises:
-        ConfigError: there is no file, and one of "model.name" and "data.train" that is in `options` is not named; or
-            rows are in the config's place.
+        ConfigError: there is no file, and one of "model.name" and "data.train" that is in `options` is not named; rows
+            are in the config's place; or a rank is given for a kind of adapter that has none.
         FileMissingError: there is no such config.
     """
     from qlora_trainer.common.command_line import command_line
     from qlora_trainer.common.errors import ConfigError, FileMissingError
+    from qlora_trainer.config.adapter_schema import settings_of_others
     from qlora_trainer.config.load import load_config
 
     refuse_rows(command, [*([str(config)] if config else []), *overrides], options)
@@ -91,8 +92,6 @@ def read_settings(
     if isinstance(files := given.get("data.train"), list):
         given["data.train"] = files[0] if len(files) == 1 else files
     set_by_key = {override.partition("=")[0] for override in overrides}
-    if (rank := given.get("adapter.rank")) and not set_by_key & {"adapter.rank", "adapter.alpha"}:
-        given["adapter.alpha"] = 2.0 * abs(rank)  # of a rank below 0 the config reports the rank alone
     missing = [key for key in _EXAMPLES if key in options and key not in {*given, *set_by_key}]
     if config is None and missing:
         needed = " and ".join(" ".join(_EXAMPLES[key]) for key in missing)
@@ -102,10 +101,16 @@ def read_settings(
             f"{_line_to_type(command, overrides, options)}"
         )
     try:
-        return load_config(config, overrides, given)
+        settings = load_config(config, overrides, given)
     except FileMissingError as error:
         line = _line_to_type(command, overrides, options)
         raise FileMissingError(f"{error} Without a config, type: {line}") from error
+    rank = given.get("adapter.rank")
+    if rank and "rank" in settings_of_others(settings.adapter.kind):
+        raise ConfigError(f"--rank has no effect with adapter.kind={settings.adapter.kind}; leave it out.")
+    if rank and not set_by_key & {"adapter.rank", "adapter.alpha"}:
+        settings = settings.replace({"adapter.alpha": 2.0 * rank})
+    return settings
 
 
 def _line_to_type(command: str, overrides: Sequence[str], options: Mapping[str, Any]) -> str:

@@ -65,6 +65,7 @@ def plan(
     settings = read_settings("plan", config, [*unread, *(overrides or [])], options)
     check_model(settings)
 
+    from qlora_trainer.adapters.kinds.table import adapter_kind
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.errors import ConfigError, missing_files_name
     from qlora_trainer.common.units import parse_bytes
@@ -110,7 +111,9 @@ def plan(
         }
         write_out(json.dumps(answer) + "\n")
         return
-    print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest, hours, pace))
+    rows = [("merges", adapter_kind(settings.adapter).merges_in_words)]
+    rows = describe(planned, budget, longest, largest, hours, pace) + rows
+    print_table(f"Memory of {settings.model.name}", rows)
     header, *parts = side_by_side({"this run": parts_of(planned.components), **planned.elsewhere})
     print_table("Next to other ways of training it", parts, header=header)
     answers.print(f"{FULL[0].upper()}{FULL[1:]}, before activations: {estimate_in_words(planned.base_parameters)}.")

@@ -82,7 +82,9 @@ def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "trai
         name: of the set, for the header.
     """
     row = describe_row(tokenizer, examples, index, name)
-    header = f"{name} row {index}, {row['where']}: {counted(row['tokens'], 'token')}, {row['trained_tokens']:,} trained"
+    virtual = f" ({row['virtual_tokens']} of them virtual)" if row["virtual_tokens"] else ""
+    tokens = f"{counted(row['tokens'], 'token')}{virtual}, {row['trained_tokens']:,} trained"
+    header = f"{name} row {index}, {row['where']}: {tokens}"
     answers.rule(Text(_visible(header)), align="left")
     has_color = answers.color_system is not None and not answers.no_color
     opening, closing = "⟦⟧" if _is_unicode() else ("[[", "]]")
@@ -136,16 +138,16 @@ def describe_row(tokenizer: Any, examples: ExampleSet, index: int, name: str) ->
         raise DataError(f"There is no {name} row {index}; {has}.")
     example = examples[index]
     trained = [label != IGNORED_LABEL for label in example.labels]
-    encoder = Encoder(tokenizer)
+    encoder, virtual = Encoder(tokenizer), len(examples.leading_ids)
+    text_ids, text_trained = example.input_ids[virtual:], trained[virtual:]
     return {
         "set": name,
         "index": index,
         "where": examples.where(index),
         "tokens": len(trained),
+        "virtual_tokens": virtual,
         "trained_tokens": example.trained_tokens,
-        "spans": _with_spelled(
-            _spans(tokenizer, example.input_ids, trained, encoder.control_ids), encoder.control_pattern
-        ),
+        "spans": _with_spelled(_spans(tokenizer, text_ids, text_trained, encoder.control_ids), encoder.control_pattern),
         "input_ids": example.input_ids,
         "trained": trained,
     }

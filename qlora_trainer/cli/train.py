@@ -87,6 +87,7 @@ def resume(run_dir: RunDirectory, overrides: Overrides = None) -> None:
 
 def _train(run: "Run") -> None:
     """Train a new or resumed run to its end or interruption, and write its report."""
+    from qlora_trainer.adapters.kinds.table import adapter_kind
     from qlora_trainer.planning.other_ways import side_by_side
     from qlora_trainer.runs.report.summary import next_to_full, summarize, write_run_report
 
@@ -109,6 +110,10 @@ def _train(run: "Run") -> None:
     for change in run.changes:
         say(f"         {change}", to=answers)
     say(f"Report:  {report}", to=answers)
+    kind = adapter_kind(run.config.adapter)
+    if not kind.merges:
+        say(f"Merges:  {kind.merges_in_words}", to=answers)
+        return
     directory = run.directory if run.directory.name not in ("", "..") else run.directory.resolve()
     merged = directory.with_name(f"{directory.name}-merged")
     say("Next:    ", command=command_line("merge", directory, "--output", merged), to=answers)

@@ -19,6 +19,7 @@ SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "dora": _OF_LORA,
     "ia3": (*_OF_LINEAR, "feedforward_modules"),
     "bottleneck": ("bottleneck_size", "activation", "placement"),
+    "prompt": ("virtual_tokens", "prompt_init_text"),
 }
 """The settings of the section adapter that a kind has, but for those of all kinds."""
 
@@ -38,11 +39,12 @@ def settings_of_others(kind: str) -> set[str]:
 class AdapterConfig(Section):
     """Configure the adapter, which is what trains."""
 
-    kind: Literal["lora", "dora", "ia3", "bottleneck"] = Field(
+    kind: Literal["lora", "dora", "ia3", "bottleneck", "prompt"] = Field(
         "lora",
         description="Kind of adapter: lora (Hu et al. 2021); dora, which trains a norm for each row too (Liu et al. "
         "2024); ia3, which scales keys, values and the inputs of MLPs' last layers (Liu et al. 2022); bottleneck, a "
-        "small MLP after each attention and MLP, which stays in the forward pass (Houlsby et al. 2019).",
+        "small MLP after each attention and MLP (Houlsby et al. 2019), and prompt, virtual tokens before each row "
+        "(prompt tuning, Lester et al. 2021), which do not merge.",
     )
     rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
     alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
@@ -93,12 +95,32 @@ class AdapterConfig(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Dtype of lora_A and lora_B and of their gradients. bfloat16 takes half the memory and loses small "
-        "updates. auto: float32, or bfloat16 where the run fits only so.",
+        description="Dtype of what the adapter trains and of its gradients. bfloat16 takes half the memory and loses "
+        "small updates. auto: float32, or bfloat16 where the run fits only so.",
+    )
+    virtual_tokens: int = Field(
+        20, ge=1, le=4096, description="Trained tokens before each row; data.max_length counts them."
+    )
+    prompt_init_text: str | None = Field(
+        None,
+        description="Text whose tokens the virtual tokens begin as, repeated or cut to their number. null: tokens of "
+        "the vocabulary, drawn by the seed.",
     )
     init_from: str | None = Field(
         None, description="Directory of a PEFT adapter to start from, with a fresh optimizer."
     )
+
+    @property
+    def leading_tokens(self) -> int:
+        """Return the number of virtual tokens that are before each row."""
+        return self.virtual_tokens if self.kind == "prompt" else 0
+
+    @field_validator("prompt_init_text")
+    @classmethod
+    def _text_is_not_empty(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("is empty; write a text, or leave it out")
+        return value
 
     @field_validator("target_modules")
     @classmethod

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import yaml
 
+from qlora_trainer.config.adapter_schema import settings_of_others
 from qlora_trainer.config.schema import RunConfig
 
 FIRST_KEYS = (
@@ -44,7 +45,9 @@ def commented_yaml(config: RunConfig, heading: Sequence[str]) -> str:
     for section, values in config.model_dump().items():
         fields = type(getattr(config, section)).model_fields
         defaults = {name: field.get_default() for name, field in fields.items()}
-        shown = [name for name in fields if f"{section}.{name}" in FIRST_KEYS or values[name] != defaults[name]]
+        others = settings_of_others(config.adapter.kind) if section == "adapter" else set()
+        first = [name for name in fields if f"{section}.{name}" in FIRST_KEYS and name not in others]
+        shown = [name for name in fields if name in first or values[name] != defaults[name]]
         if shown:
             lines += ["", f"{section}:"]
         for name in shown:

@@ -173,7 +173,12 @@ class DataConfig(Section):
         description="Where to find the rows of JSON files that hold them inside an object: keys joined by dots, such "
         "as data.examples; * is each item of a list, or each value of an object.",
     )
-    max_length: int = Field(2048, ge=8, description="Longest row in tokens; also limited by the model's positions.")
+    max_length: int = Field(
+        2048,
+        ge=8,
+        description="Longest row in tokens, virtual ones (adapter.virtual_tokens) counted; also limited by the model's "
+        "positions.",
+    )
     too_long: Literal["truncate", "drop", "error"] = Field(
         "truncate",
         description="What to do with a longer row. truncate: cut whole turns from the end of a conversation, or the "

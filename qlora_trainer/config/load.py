@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import ConfigError, FileMissingError
 from qlora_trainer.common.units import counted
+from qlora_trainer.config.adapter_schema import settings_of_others
 from qlora_trainer.config.data_schema import Source, SourceFile
 from qlora_trainer.config.override import override
 from qlora_trainer.config.renamed import old_key, renamed_value
@@ -97,7 +98,7 @@ def make_config(
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved config as YAML, with every key.
+    """Write the resolved config as YAML, with every key but the settings of other kinds of adapters.
 
     Args:
         config: to write.
@@ -107,7 +108,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def dump_config(config: RunConfig) -> str:
-    """Format the resolved config as YAML, with every key.
+    """Format the resolved config as YAML, with every key but the settings of other kinds of adapters.
 
     Args:
         config: to format.
@@ -115,7 +116,10 @@ def dump_config(config: RunConfig) -> str:
     Returns:
         The YAML text.
     """
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    content = config.model_dump()
+    for name in settings_of_others(config.adapter.kind):
+        del content["adapter"][name]
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -234,6 +234,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _rows_hold_more_than_virtual_tokens(self) -> "RunConfig":
+        if self.adapter.leading_tokens >= self.data.max_length:
+            raise ValueError(
+                f"adapter.virtual_tokens is {self.adapter.virtual_tokens} and data.max_length, which counts them, "
+                f"{self.data.max_length}: nothing is left for a row. Raise data.max_length or lower "
+                "adapter.virtual_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _micro_batch_holds_a_row(self) -> "RunConfig":
         limit = self.training.micro_batch_tokens
         if limit != "auto" and limit < self.data.max_length:

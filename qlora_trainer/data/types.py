@@ -4,7 +4,7 @@ A Message has the parts that today's chat templates know: text, reasoning before
 tool's result answers. Left out: reading records into rows (formats/parse.py), and templates (rendering).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -110,6 +110,21 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+
+    def after(self, leading: Sequence[int]) -> "Example":
+        """Put tokens before the row, without labels; so the label tokens stay those of the row alone.
+
+        Args:
+            leading: ids.
+
+        Returns:
+            The longer example; this one where there are none.
+        """
+        if not leading:
+            return self
+        # Nothing is before a row's first token, which so has no part in the loss; nor has it here.
+        ignored = [IGNORED_LABEL] * (len(leading) + 1)
+        return Example([*leading, *self.input_ids], [*ignored, *self.labels[1:]])
 
     @property
     def trained_tokens(self) -> int:

@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import torch
 
+from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.common.atomic import refuse_existing
 from qlora_trainer.common.cache import user_cache
-from qlora_trainer.common.errors import CheckpointError, DtypeRangeError, memory_errors
+from qlora_trainer.common.errors import CheckpointError, DtypeRangeError, MergeError, memory_errors
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import dtype_name
 from qlora_trainer.merging.fold import MergeReport, merge
@@ -34,7 +35,7 @@ from qlora_trainer.merging.measure import (
     plan_streaming,
     reference_model,
 )
-from qlora_trainer.merging.merge_plan import MergeBase, MergeInputs, plan_merge, refuse_unmergeable
+from qlora_trainer.merging.merge_plan import MergeBase, MergeInputs, plan_merge
 from qlora_trainer.merging.plain_verification import PlainCheckInputs, verify_by_transformers
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.merging.verify import (
@@ -50,7 +51,8 @@ from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.model.modules.activation_range import ActivationRange
 from qlora_trainer.model.source import resolve_model
 from qlora_trainer.model.tokenizer import load_tokenizer
-from qlora_trainer.runs.trained import read_trained
+from qlora_trainer.runs.directory import read_run_config
+from qlora_trainer.runs.trained import newest_adapter, read_trained
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES
 
@@ -103,6 +105,7 @@ def merge_run(
         QLoRATrainerError: there is no adapter or another base than it was trained on, the merge or its verification
             failed, or the original base was asked for and is clearly worse; nothing was left.
     """
+    _refuse_kinds_that_do_not_merge(run_dir)
     refuse_existing(output)
     run = _open_run(run_dir, output, dtype or torch.float16, model, progress)
     with memory_errors(f"Merging {run_dir}", "Free memory and merge again; nothing was written."):
@@ -229,10 +232,19 @@ def _verify(
     return dataclasses.replace(compared, plain=agreement)
 
 
+def _refuse_kinds_that_do_not_merge(run_dir: Path) -> None:
+    settings = read_run_config(run_dir).adapter
+    kind = adapter_kind(settings)
+    if not kind.merges:
+        raise MergeError(
+            f"The adapter of {run_dir} does not merge: {kind.in_words(settings)} (adapter.kind={kind.name}) are no "
+            f"change of the base's weights. Deploy it {kind.deployment}: {newest_adapter(run_dir)}"
+        )
+
+
 def _open_run(run_dir: Path, output: Path, dtype: torch.dtype, model: str | None, progress: Progress) -> MergeRun:
     """Read the run's adapter and plan its merge, without reading the base's weights."""
     trained = read_trained(run_dir)
-    refuse_unmergeable(trained.adapter)
     settings = trained.config.model
     name = model or settings.name
     directory = resolve_model(name, None if model else settings.revision, user_cache(), progress)

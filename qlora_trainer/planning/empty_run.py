@@ -11,6 +11,7 @@ from qlora_kernels.card import Card
 from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.adapters.trainable import leading_ids
 from qlora_trainer.common.boundary import as_model_error
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
@@ -106,8 +107,8 @@ def empty_run(
     model = build_skeleton(directory, layers, dtype)
     with fake:
         fill_skeleton(model, config.model, dtype)
-        add_adapters(model, config.adapter, config.training.seed)
-        rows = [Example([1], [1])] * config.training.global_batch_size
+        add_adapters(model, config.adapter, config.training.seed, _of_any_text)
+        rows = [Example([1], [1]).after(leading_ids(model))] * config.training.global_batch_size
         workers = workers_for(config.training, on_cpu=card is None)
         state = build_state(model, config, rows, dtype, policy, workers=workers)
     state.total_steps = max(state.total_steps, 2)  # the plan takes two
@@ -174,6 +175,11 @@ def as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
     """
     ids, labels, positions = (mode.from_tensor(tensor) for tensor in (pack.input_ids, pack.labels, pack.position_ids))
     return dataclasses.replace(pack, input_ids=ids, labels=labels, position_ids=positions)
+
+
+def _of_any_text(_: str) -> dict[str, list[int]]:
+    """Take the place of a tokenizer: a plan depends on no values."""
+    return {"input_ids": [0]}
 
 
 def _most_costly_documents(

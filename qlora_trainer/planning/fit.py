@@ -108,7 +108,8 @@ def longest_context(
         The plan; None where not even a row of GRAIN tokens fits.
     """
     limit = directory.facts.positions or LONGEST_SEARCHED
-    sizes = list(range(GRAIN, limit + 1, GRAIN)) or [limit]
+    rounded = range(GRAIN, limit + 1, GRAIN)
+    sizes = [size for size in rounded if size > config.adapter.leading_tokens] or [limit]
     progress("planning other lengths", 0, None)
     least = with_least_memory(directory, config)
     return largest_that_fits(directory, sizes, lambda size: with_length(least, size), budget)
@@ -245,8 +246,8 @@ def check_fits(
         raise InsufficientMemoryError(f"{found} It fits with {settings}.")
     unused = {key: value for key, value in STEPS if plan.options[key] not in (value, "4bit")}
     others = f", set {options_in_words(unused)}" if unused else ""
-    lower = adapter_kind(config.adapter).size
-    raise InsufficientMemoryError(f"{found} No row length fits. Choose a smaller base{others}, or lower {lower}.")
+    size = adapter_kind(config.adapter).size
+    raise InsufficientMemoryError(f"{found} No row length fits. Choose a smaller base{others}, or lower {size}.")
 
 
 def _settings_to_fit(directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress) -> str | None:

@@ -84,11 +84,12 @@ def persistent_tensors(state: TrainState, on_cuda: bool) -> dict[str, list[Tenso
         if isinstance(value, Tensor)
     ]
     return {
+        # First, as the embedding's module may hold a part of the adapter too.
+        ADAPTERS: [group.data for group in state.groups],
         BASE: [buffer for layer in layers for buffer in layer.buffers()],
         WORKSPACE: [workspace for layer in layers for workspace in layer.workspaces],
         HOST: list(tensors_on_cpu(model)),
         HEAD: [t for m in embeddings if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())],
-        ADAPTERS: [group.data for group in state.groups],
         GRADIENTS: [grad for group in state.groups for grad in group.grads],
         STATE: [moment for moment, is_paged in moments if not is_paged],
         PAGED: [moment for moment, is_paged in moments if is_paged],

@@ -99,6 +99,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progr
     Returns:
         The rows and the report on them.
     """
+    first = model.facts.vocabulary or 0  # no id of a text is beyond the vocabulary, so virtual tokens are
     return prepare(
         config.data,
         tokenizer,
@@ -107,6 +108,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progr
         cache_dir=user_cache() / "data",
         vocab_size=model.facts.vocabulary,
         own_ids=lambda: own_token_ids(model),
+        leading_ids=range(first, first + config.adapter.leading_tokens),
         progress=progress,
     )
 

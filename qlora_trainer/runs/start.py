@@ -182,14 +182,14 @@ def _assemble(
     slower = kernel_warnings(device.type)
     pace = pace_here(config, prepared, device)
     plan = check_fits_here(model, config, device, progress, pace, in_force)
-    options = plan.options if plan else config.memory_options()
+    options, kind = plan.options if plan else config.memory_options(), adapter_kind(config.adapter)
     chosen, config = changed_options(config, options), config.replace(options)
     program_bytes = private_bytes()
     base = load_base(model, config.model, user_cache(), progress)
     if base.device.type == "cpu" and base.bytes > _LARGE_BASE:
         return_freed_memory()
     torch.manual_seed(config.training.seed)  # for dropout; everything else has a generator of its own
-    adapted = add_adapters(base.model, config.adapter, config.training.seed)
+    adapted = add_adapters(base.model, config.adapter, config.training.seed, renderer.tokenizer)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     workers = workers_for(config.training, on_cpu=base.device.type == "cpu")
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture, workers)
@@ -202,8 +202,7 @@ def _assemble(
     if chosen:
         warnings.append(
             f"This run fits only with memory-efficient options, and has {options_in_words(chosen)}; its config.yaml "
-            "keeps them. For others, set these keys, shorten data.max_length, or lower "
-            f"{adapter_kind(config.adapter).size}."
+            f"keeps them. For others, set these keys, shorten data.max_length, or lower {kind.size}."
         )
     if names := named_as_experts(base.model, adapted):
         warnings.append(

@@ -108,10 +108,24 @@ def open_trained(directory: Path, progress: Progress = silent, **model_settings:
     base = load_base(model, settings, user_cache(), progress)
     if difference := run.fingerprint.difference(base.fingerprint):
         raise CheckpointError(f"The base {settings.name} is not the one this adapter was trained on: {difference}.")
-    add_adapters(base.model, run.config.adapter, run.config.training.seed)
+    add_adapters(base.model, run.config.adapter, run.config.training.seed, tokenizer)
     load_adapter_state(base.model, run.adapter.tensors)
     base.model.eval()
     return Trained(**vars(run), renderer=run_renderer(run.config, tokenizer, model), base=base)
+
+
+def newest_adapter(directory: Path) -> Path:
+    """Find a run's adapter: the final one, or the newest valid checkpoint's if that has more steps.
+
+    If there is none, or the newest is damaged, CheckpointError is raised.
+
+    Args:
+        directory: the run directory.
+
+    Returns:
+        The directory of PEFT's two files.
+    """
+    return _newest_adapter(directory)[0]
 
 
 def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:

@@ -2,7 +2,8 @@
 
 Prompts are padded on the left, where a mask hides the padding; the model attends as it was loaded, not packed. That
 mask has a byte for each pair of tokens of each prompt, so long prompts share no batch: one alone is not padded, and
-attends without a mask (unless the model has a window).
+attends without a mask (unless the model has a window). Virtual tokens of a model go before each prompt, as they did
+before each row in training.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from qlora_trainer.adapters.trainable import leading_ids
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.evaluation_mode import evaluation_mode
@@ -48,7 +50,8 @@ def generate_answers(
     Returns:
         The answers in the order of the prompts.
     """
-    ids = [prompt.input_ids for prompt in prompts]
+    leading = leading_ids(model)
+    ids = [leading + prompt.input_ids for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     stop_token_ids = sorted({token for prompt in prompts for token in prompt.stop_token_ids})
     answers = [""] * len(prompts)
@@ -93,7 +96,7 @@ def stream_answer(
     Yields:
         The pieces of the answer.
     """
-    input_ids, attention_mask = _left_padded([prompt.input_ids], _device(model))
+    input_ids, attention_mask = _left_padded([leading_ids(model) + prompt.input_ids], _device(model))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: SimpleQueue[BaseException] = SimpleQueue()
     stopping = _Stopping()

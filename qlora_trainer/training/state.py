@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_trainer.adapters.inject import lora_layers
 from qlora_trainer.adapters.layers import LoRALinear
-from qlora_trainer.adapters.trainable import adapter_modules
+from qlora_trainer.adapters.trainable import adapter_modules, leading_ids
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture
@@ -163,6 +163,8 @@ def build_state(
     forward = examine_forward(model, config.data.max_length)
     adapted = list(lora_layers(model).values())
     groups = group_trainable(model, config.optimizer, workers)
+    leading = leading_ids(model)
+    assert train[0].input_ids[: len(leading)] == leading, "each row begins with the model's virtual tokens"
     loader = StepLoader(
         train,
         global_batch_size=config.training.global_batch_size,

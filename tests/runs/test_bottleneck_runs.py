@@ -113,7 +113,7 @@ def test_the_plan_counts_the_numbers_that_a_run_trains(tiny_config: Config, tiny
     assert planned == real == 4 * (2 * 64 * 16 + 64 + 16)
     assert count_shape(ModelDirectory.open(tiny_llama), config, torch.float32).adapters == 4 * 2 * 64 * 16
     described = dict(summarize(run))
-    assert described["adapters"].startswith("bottleneck of 16 (relu, attention+mlp) on 4 ")
+    assert described["adapters"].startswith("bottlenecks of 16 (relu, attention+mlp) on 4 ")
 
 
 def test_a_run_is_evaluated_as_it_ended_and_cannot_be_merged_which_is_said_before_the_base_is_looked_for(
@@ -129,7 +129,9 @@ def test_a_run_is_evaluated_as_it_ended_and_cannot_be_merged_which_is_said_befor
         found = opened(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(deployment, "resolve_model", no_load)
-    with pytest.raises(MergeError, match=r"kind bottleneck, which cannot be merged: .* adapter\.kind=lora to merge"):
+    with pytest.raises(
+        MergeError, match=r"does not merge: bottlenecks of 16 .* Deploy it with its base, by this program alone: "
+    ):
         merge_run(run.directory, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.bottleneck import BottleneckLayer
 from qlora_trainer.adapters.kinds.bottleneck_file import BottleneckFileConfig
-from qlora_trainer.adapters.kinds.kind import AdapterKind
+from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer
 from qlora_trainer.adapters.sublayers import find_sublayers
 from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
 from qlora_trainer.common.errors import AdapterError
@@ -25,6 +25,7 @@ class BottleneckKind(AdapterKind):
     name: ClassVar[str] = "bottleneck"
     size: ClassVar[str] = "adapter.bottleneck_size"
     merges: ClassVar[bool] = False
+    deployment: ClassVar[str] = "with its base, by this program alone"
 
     def target_paths(self, model: nn.Module, settings: AdapterConfig) -> list[str]:
         """Find the parts of decoder layers that adapters are put behind.
@@ -61,7 +62,9 @@ class BottleneckKind(AdapterKind):
         """
         return {}
 
-    def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
+    def add(
+        self, model: nn.Module, settings: AdapterConfig, seed: int, tokenizer: TextTokenizer | None = None
+    ) -> list[str]:
         """Wrap the parts, with D drawn on the CPU, so that it is the same on every device.
 
         A model without such parts is refused by an AdapterError.
@@ -70,6 +73,7 @@ class BottleneckKind(AdapterKind):
             model: of transformers.
             settings: the config's section `adapter`.
             seed: of D.
+            tokenizer: not used.
 
         Returns:
             The paths of the parts.
@@ -137,7 +141,7 @@ class BottleneckKind(AdapterKind):
         Returns:
             A phrase.
         """
-        return f"bottleneck of {settings.bottleneck_size} ({settings.activation}, {settings.placement})"
+        return f"bottlenecks of {settings.bottleneck_size} ({settings.activation}, {settings.placement})"
 
 
 BOTTLENECK_KIND = BottleneckKind()

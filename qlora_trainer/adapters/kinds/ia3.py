@@ -14,7 +14,7 @@ from qlora_kernels.lora_linear import nf4_linears
 from qlora_kernels.saved_tensors import saves_tensors
 from qlora_trainer.adapters.folds import ScaleFold
 from qlora_trainer.adapters.kinds.ia3_file import Ia3FileConfig
-from qlora_trainer.adapters.kinds.kind import AdapterKind
+from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer
 from qlora_trainer.adapters.layers import linear_facts
 from qlora_trainer.adapters.targets import last_of_mlps, target_names
 from qlora_trainer.adapters.trainable import AdaptedLinear, adapter_modules, mark_only_lora_as_trainable
@@ -145,7 +145,9 @@ class Ia3Kind(AdapterKind):
     name: ClassVar[str] = "ia3"
     size: ClassVar[str] = "adapter.target_modules"
 
-    def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
+    def add(
+        self, model: nn.Module, settings: AdapterConfig, seed: int, tokenizer: TextTokenizer | None = None
+    ) -> list[str]:
         """Wrap the targets; nothing is drawn, as all vectors start at 1.
 
         Targets that match nothing are refused by an AdapterError.
@@ -154,6 +156,7 @@ class Ia3Kind(AdapterKind):
             model: any, of transformers or not.
             settings: the config's section `adapter`.
             seed: not used.
+            tokenizer: not used.
 
         Returns:
             The paths of the adapted layers.

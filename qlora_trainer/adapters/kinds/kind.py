@@ -1,7 +1,7 @@
 """Say what a kind of adapter is: what it adds to a model, what of it trains, how it is stored, whether it merges."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from qlora_trainer.adapters.file_config import FileConfig
 from qlora_trainer.adapters.targets import adapted_paths, target_names
 from qlora_trainer.config.schema import AdapterConfig
 
+TextTokenizer = Callable[[str], Mapping[str, Any]]
+"""A tokenizer of transformers, as far as a kind asks it: text -> {"input_ids": tokens}."""
+
 
 class AdapterKind(ABC):
     """Describe a kind of adapter; one object of a subclass in each file of this folder."""
@@ -17,6 +20,12 @@ class AdapterKind(ABC):
     name: ClassVar[str]  # the value of adapter.kind
     size: ClassVar[str]  # the setting to lower for a smaller adapter, such as adapter.rank
     merges: ClassVar[bool] = True  # into plain weights; what does not stays in the forward pass
+    deployment: ClassVar[str] = "as a PEFT adapter, next to its base"  # of what does not merge
+
+    @property
+    def merges_in_words(self) -> str:
+        """Say how a trained adapter is deployed, as the first lines of a run do."""
+        return "yes" if self.merges else f"no: it is deployed {self.deployment}"
 
     def target_paths(self, model: nn.Module, settings: AdapterConfig) -> list[str]:
         """Find the modules that the settings choose to adapt, without adapting them: linear layers, by default.
@@ -47,13 +56,16 @@ class AdapterKind(ABC):
         return {"adapter.target_modules": target_names(model, paths), **in_all}
 
     @abstractmethod
-    def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
+    def add(
+        self, model: nn.Module, settings: AdapterConfig, seed: int, tokenizer: TextTokenizer | None = None
+    ) -> list[str]:
         """Put adapters on a model, and freeze everything else.
 
         Args:
             model: any, of transformers or not.
             settings: the config's section `adapter`.
             seed: of what is drawn, on the CPU.
+            tokenizer: of the model, for settings that hold text.
 
         Returns:
             The paths of the adapted modules.

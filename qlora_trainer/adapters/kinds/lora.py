@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.fused_parts import trained_rows
-from qlora_trainer.adapters.kinds.kind import AdapterKind
+from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig, stored_ranks
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.adapters.patterns import check_patterns, layer_alpha, layer_rank
@@ -25,7 +25,9 @@ class LoraKind(AdapterKind):
     size: ClassVar[str] = "adapter.rank"
     layer: ClassVar[type[LoRALinear]] = LoRALinear
 
-    def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
+    def add(
+        self, model: nn.Module, settings: AdapterConfig, seed: int, tokenizer: TextTokenizer | None = None
+    ) -> list[str]:
         """Wrap the targets, with lora_A drawn in fp32 on the CPU, so that it is the same on every device.
 
         Targets that match nothing, and parts that cannot be adapted alone, are refused by an AdapterError.
@@ -34,6 +36,7 @@ class LoraKind(AdapterKind):
             model: any, of transformers or not.
             settings: the config's section `adapter`.
             seed: of lora_A.
+            tokenizer: not used.
 
         Returns:
             The paths of the adapted layers.

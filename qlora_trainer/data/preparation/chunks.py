@@ -68,16 +68,31 @@ class ChunkMaker:
         tokenizer: a fast one of transformers.
         max_length: longest example, in tokens.
         vocab_size: rows of the model's embedding; None: any token may be.
+        leading_tokens: virtual tokens before each row, which `max_length` counts.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, max_length: int, vocab_size: int | None) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        max_length: int,
+        vocab_size: int | None,
+        leading_tokens: int = 0,
+    ) -> None:
         self.own_ids: OwnIds | None = None  # by the tokenizer's own file; the first chunk is compared with it
         self.sources = source_files(config)
         self.skips_bad_rows = config.on_bad_row == "skip"
         self.max_skipped = config.max_skipped
         self._has_examples = False  # of any chunk so far
         self.vocab_size = vocab_size
-        self.renderer = Renderer(tokenizer, config.train_on, max_length, config.too_long, config.template_date)
+        self.renderer = Renderer(
+            tokenizer,
+            config.train_on,
+            max_length,
+            config.too_long,
+            config.template_date,
+            leading_tokens=leading_tokens,
+        )
         self.rendered_rows = RenderedRows(tokenizer, self.renderer)
 
     def render(self, source: int, format: DataFormat, records: Records) -> RenderedChunk:

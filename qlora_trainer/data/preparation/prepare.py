@@ -103,6 +103,7 @@ def prepare(
     cache_dir: Path,
     vocab_size: int | None = None,
     own_ids: Callable[[], OwnIds | None] = lambda: None,
+    leading_ids: Sequence[int] = (),
     progress: Progress = silent,
 ) -> Prepared:
     """Read, render and tokenize the data of a run, or take it from the cache.
@@ -118,17 +119,27 @@ def prepare(
         cache_dir: where prepared sets are kept, each in a directory of its own.
         vocab_size: rows of the model's embedding; a token beyond is an error.
         own_ids: returns what gives ids by the tokenizer's own file; called where rows are prepared, to compare some.
+        leading_ids: of virtual tokens, which each example begins with; `max_length` counts them.
         progress: is called with rows read.
 
     Returns:
         Both sets, and the report.
+
+    Raises:
+        DataError: the virtual tokens leave no space for a row.
     """
     max_length = min(config.max_length, max_positions or config.max_length)
-    maker = ChunkMaker(config, tokenizer, max_length, vocab_size)
+    if len(leading_ids) >= max_length:
+        raise DataError(
+            f"Rows may have {counted(max_length, 'token')}, and {len(leading_ids)} virtual tokens are before each, so "
+            "nothing is left for the rows. Raise data.max_length as far as the model has positions, or lower "
+            "adapter.virtual_tokens."
+        )
+    maker = ChunkMaker(config, tokenizer, max_length, vocab_size, len(leading_ids))
     date = maker.renderer.template_date
     digests = FileDigests(cache_dir / "digests")
     inputs = _inputs(config, digests)
-    directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer, date)
+    directory = cache_dir / _cache_key(inputs, config, max_length - len(leading_ids), vocab_size, tokenizer, date)
     warnings = date_warnings(config.template_date, date)
     cached = True
     while (store := existing_store(directory)) is None:
@@ -143,7 +154,7 @@ def prepare(
     check_skipped(sources, config.max_skipped)
     parts = [item.part for item in inputs if item.part]
     check_usable(sources, [item.for_eval for item in inputs], is_mixed(parts), max_length)
-    train, eval_set, mixture = _split(store, inputs, config.eval, seed)
+    train, eval_set, mixture = _split(store, inputs, config.eval, seed, leading_ids)
     _count_parts(sources, inputs, train, eval_set, mixture)
     key = hashlib.sha256(train.digests.tobytes() + b"eval" + eval_set.digests.tobytes())
     if mixture:
@@ -171,7 +182,7 @@ def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
 def _cache_key(
     inputs: Sequence[_Input],
     config: DataConfig,
-    max_length: int,
+    row_length: int,
     vocab_size: int | None,
     tokenizer: Tokenizer,
     date: datetime.date | None,
@@ -185,7 +196,7 @@ def _cache_key(
         "packages": [metadata.version(name) for name in RENDERING_PACKAGES],
         "tokenizer": tokenizer_identity(tokenizer),
         "sources": sources,
-        "settings": [config.train_on, config.too_long, config.on_bad_row, max_length, vocab_size, str(date)],
+        "settings": [config.train_on, config.too_long, config.on_bad_row, row_length, vocab_size, str(date)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -244,7 +255,7 @@ def _check_unchanged(digests: FileDigests) -> None:
 
 
 def _split(
-    store: ExampleStore, inputs: Sequence[_Input], eval_set: object, seed: int
+    store: ExampleStore, inputs: Sequence[_Input], eval_set: object, seed: int, leading_ids: Sequence[int]
 ) -> tuple[ExampleSet, ExampleSet, Mixture | None]:
     """Choose training and eval examples, and how the former are mixed."""
     sources = store.column("source")
@@ -257,7 +268,8 @@ def _split(
     if is_mixed(parts):
         rows = tuple(np.flatnonzero(sources[train] == source) for source in range(len(parts)))
         mixture = Mixture(rows, tuple(epoch_quotas([len(mine) for mine in rows], parts)))
-    return ExampleSet(store, train), ExampleSet(store, np.flatnonzero(is_eval)), mixture
+    chosen, kept = (ExampleSet(store, indices, leading_ids) for indices in (train, np.flatnonzero(is_eval)))
+    return chosen, kept, mixture
 
 
 def _eval_share(store: ExampleStore, parts: Sequence[SourceAmount], share: float, seed: int) -> np.ndarray:

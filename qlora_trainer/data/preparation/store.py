@@ -5,6 +5,7 @@ skipped rows where there are any. Left out: writing one (store_writer.py). E exa
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +129,19 @@ class ExampleSet:
     Args:
         store: has them.
         indices: which, (examples of this set,) int64.
+        leading_ids: of virtual tokens, which each example begins with; its length counts them.
     """
 
-    def __init__(self, store: ExampleStore, indices: np.ndarray) -> None:
+    def __init__(self, store: ExampleStore, indices: np.ndarray, leading_ids: Sequence[int] = ()) -> None:
         self._store = store
         self._indices = indices  # (examples of this set,) int64
+        self.leading_ids = list(leading_ids)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Example:
-        return self._store.example(int(self._indices[index]))
+        return self._store.example(int(self._indices[index])).after(self.leading_ids)
 
     @property
     def control_tokens(self) -> tuple[set[int], set[int]]:
@@ -149,7 +152,7 @@ class ExampleSet:
     @property
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each example, (len,) int64."""
-        return self._store.lengths[self._indices]
+        return self._store.lengths[self._indices] + len(self.leading_ids)
 
     def has_conversations(self) -> bool:
         """Find out whether any of the store's rows is a conversation, without reading them as JSON.

@@ -63,6 +63,7 @@ class Renderer:
         too_long: "truncate" (turns off the end, or a completion's end), "drop" or "error". Documents are always split.
         template_date: the date that a chat template writes as today's; None for today.
         model_stops: tokens that end a text by the model's own settings, in addition to those found here.
+        leading_tokens: virtual tokens that are put before each example later, and count in its length.
 
     Raises:
         DataError: the tokenizer is a slow one, or has no end-of-text token.
@@ -76,6 +77,7 @@ class Renderer:
         too_long: Literal["truncate", "drop", "error"] = "truncate",
         template_date: datetime.date | None = None,
         model_stops: Sequence[int] = (),
+        leading_tokens: int = 0,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise DataError(
@@ -84,7 +86,7 @@ class Renderer:
             )
         self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_token_id
         self.train_on = train_on
-        self.max_length = max_length
+        self.max_length, self._leading = max_length - leading_tokens, leading_tokens
         self.too_long = too_long
         self.encoder = Encoder(tokenizer)
         self._date, self._end_of_text = template_date, {*model_stops, tokenizer.eos_token_id}
@@ -272,10 +274,11 @@ class Renderer:
         if length <= self.max_length:
             return Rendered([example], [row], warnings=warnings, tokens=length)
         if self.too_long == "error":
+            virtual = f", with {self._leading} virtual ones" if self._leading else ""
             raise DataError(
-                f"{where}: the row has {counted(length, 'token')}, more than {self.max_length}. Raise "
-                f"data.max_length, shorten "
-                "the row, or set data.too_long to truncate or drop."
+                f"{where}: the row has {counted(length + self._leading, 'token')}{virtual}, more than "
+                f"{self.max_length + self._leading}. Raise data.max_length, shorten the row, or set data.too_long to "
+                "truncate or drop."
             )
         if self.too_long == "drop":
             return Rendered([], [], dropped=TOO_LONG, warnings=warnings, tokens=length)

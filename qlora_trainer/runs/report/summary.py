@@ -36,6 +36,7 @@ def summarize(run: Run) -> list[tuple[str, str]]:
     """
     trainable = sum(parameter.numel() for group in run.state.groups for parameter in group.parameters.values())
     data, optimizer, settings = run.prepared.report, run.state.optimizer, run.config.adapter
+    kind, layers = adapter_kind(settings), counted(len(run.adapted), "layer")
     name = Path(run.config.model.name).name if Path(run.config.model.name).exists() else run.config.model.name
     card = Card.of(run.base.device) if run.base.device.type == "cuda" else None
     pages = (
@@ -48,9 +49,10 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ("compute", f"{dtype_name(run.base.compute_dtype)} on {run.base.device}"),
         (
             "adapters",
-            f"{adapter_kind(settings).in_words(settings)} on {counted(len(run.adapted), 'layer')}, "
-            f"{trainable:,} numbers in {settings.dtype}",
+            f"{kind.in_words(settings)}{f' on {layers}' if run.adapted else ''}, {trainable:,} numbers in "
+            f"{settings.dtype}",
         ),
+        ("merges", kind.merges_in_words),
         ("attention", attention_taken(run.base.model, card, run.base.compute_dtype, run.state.loader.packing)),
         ("kernels", kernels_in_words(run.base.device.type)),
         ("activation checkpointing", f"{run.state.policy}; memory-efficient: {run.state.patches}"),

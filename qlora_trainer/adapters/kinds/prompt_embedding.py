@@ -1,0 +1,108 @@
+"""Put trained vectors in the place of virtual tokens, after the model's input embedding.
+
+Virtual tokens have the ids after the vocabulary's, so no text has them, and a row of tokens says by itself where they
+are: packed, padded or alone. The embedding itself stays as it is and never sees them. Left out: putting them before
+rows (data/preparation/store.py) and prompts (training/generation.py).
+
+Legend: V rows of the embedding, P virtual tokens, H hidden size, B rows, T tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qlora_trainer.adapters.trainable import AdapterModule
+
+TOKENS_AT_ONCE = 1024  # of the gradient, which are cast to fp32 together
+
+
+class PromptEmbedding(AdapterModule):
+    """Look up tokens of the vocabulary in the base's embedding, and virtual tokens in `prompt_embeddings`.
+
+    Args:
+        base: the embedding, frozen: ids (B, T) -> (B, T, H).
+        initial: values of the virtual tokens, (P, H), fp32 or bf16, on the device of what `base` returns.
+    """
+
+    def __init__(self, base: nn.Module, initial: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.prompt_embeddings = nn.Parameter(initial)
+
+    @property
+    def weight(self) -> Tensor:  # (V, H)
+        """Return the weight of the base's embedding."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def leading_ids(self) -> list[int]:
+        """Return the ids of the virtual tokens: V to V + P - 1."""
+        first = self.weight.shape[0]
+        return list(range(first, first + len(self.prompt_embeddings)))
+
+    def stored_name(self, path: str, name: str) -> str:
+        """Return the name in PEFT's file, which says no path.
+
+        Args:
+            path: of the module in the model.
+            name: inside the module.
+
+        Returns:
+            The name.
+        """
+        return name
+
+    def decays(self, name: str) -> bool:
+        """Return False: a virtual token that decays would decay to the mean of no words.
+
+        Args:
+            name: inside the module.
+
+        Returns:
+            False.
+        """
+        return False
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, H)
+        """Look up tokens.
+
+        Args:
+            input_ids: (B, T), below V + P.
+
+        Returns:
+            Their rows, (B, T, H), in the dtype of the base's.
+        """
+        index = input_ids - self.weight.shape[0]  # below 0 for tokens of the vocabulary
+        with torch.no_grad():
+            rows = self.base(input_ids.masked_fill(index >= 0, 0))
+        return _WithVirtualTokens.apply(rows, self.prompt_embeddings, index)
+
+
+class _WithVirtualTokens(torch.autograd.Function):
+    """Write the rows of virtual tokens over what the embedding has there; backward needs their places alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, prompt: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape, ctx.dtype = prompt.shape, prompt.dtype
+        ctx.mark_dirty(rows)
+        values = prompt.to(rows.dtype)[index.clamp(min=0)]
+        return torch.where((index >= 0).unsqueeze(-1), values, rows, out=rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        # The gradients of each virtual token are added up in fp32, by a product: in an order that repeats.
+        (index,) = ctx.saved_tensors
+        index, grad = index.flatten(), grad.flatten(0, -2)
+        numbers = torch.arange(ctx.shape[0], device=index.device).unsqueeze(1)
+        total = grad.new_zeros(ctx.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+        for some, of_some in zip(index.split(TOKENS_AT_ONCE), grad.split(TOKENS_AT_ONCE), strict=True):
+            # What is not finite elsewhere would not be multiplied away.
+            of_virtual = of_some.masked_fill((some < 0).unsqueeze(1), 0).to(total.dtype)
+            total.addmm_((some == numbers).to(total.dtype), of_virtual)
+        return None, total.to(ctx.dtype), None

@@ -1,0 +1,78 @@
+"""Promises of the adapter's settings: each belongs to some kinds, and has an effect or is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qlora_trainer.common.errors import ConfigError
+from qlora_trainer.config.adapter_schema import SETTINGS_OF_KIND, AdapterConfig, settings_of_others
+from qlora_trainer.config.commented import commented_yaml
+from qlora_trainer.config.load import dump_config, load_config, make_config
+from qlora_trainer.config.schema import RunConfig
+
+OTHER_VALUES: dict[str, Any] = {
+    "rank": 8,
+    "alpha": 3.0,
+    "dropout": 0.1,
+    "target_modules": "mlp",
+    "fused_parts": {"c_attn": ["query"]},
+    "use_rslora": True,
+    "feedforward_modules": ["down_proj"],
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 2.0},
+    "layers_to_transform": [0],
+    "bias": "all",
+    "bottleneck_size": 8,
+    "activation": "gelu",
+    "placement": "mlp",
+    "virtual_tokens": 7,
+    "prompt_init_text": "Answer.",
+}
+FOREIGN = [(kind, name) for kind in SETTINGS_OF_KIND for name in sorted(settings_of_others(kind))]
+
+
+def config_of(**adapter: Any) -> RunConfig:
+    return make_config({"model": {"name": "m"}, "data": {"train": "rows.jsonl"}, "adapter": adapter})
+
+
+def test_each_setting_belongs_to_all_kinds_or_is_in_the_table() -> None:
+    of_kinds = {name for names in SETTINGS_OF_KIND.values() for name in names}
+    assert AdapterConfig.model_fields.keys() - of_kinds == {"kind", "dtype", "init_from"}
+    assert of_kinds == OTHER_VALUES.keys()
+
+
+@pytest.mark.parametrize(("kind", "name"), FOREIGN)
+def test_a_setting_of_another_kind_is_refused_unless_at_its_default(kind: str, name: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config_of(kind=kind, **{name: OTHER_VALUES[name]})
+    line = str(refused.value).splitlines()[-1]
+    assert line == f"  - adapter.{name} has no effect with adapter.kind={kind}; leave it out"
+    config_of(kind=kind, **{name: AdapterConfig.model_fields[name].get_default()})
+
+
+def test_several_settings_of_another_kind_are_named_together() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.rank and adapter\.bias have no effect with .*; leave them out$"):
+        config_of(kind="prompt", bias="all", rank=2)
+
+
+@pytest.mark.parametrize("kind", SETTINGS_OF_KIND)
+def test_what_is_written_has_the_settings_of_the_kind_alone_and_is_read_back(kind: str, tmp_path: Path) -> None:
+    config = config_of(kind=kind, **{name: OTHER_VALUES[name] for name in SETTINGS_OF_KIND[kind]})
+    for text in (dump_config(config), commented_yaml(config, [])):
+        assert yaml.safe_load(text)["adapter"].keys().isdisjoint(settings_of_others(kind))
+        (tmp_path / "config.yaml").write_text(text)
+        assert load_config(tmp_path / "config.yaml").adapter == config.adapter
+
+
+def test_virtual_tokens_leave_space_for_a_row() -> None:
+    raw = {"model": {"name": "m"}, "data": {"train": "r", "max_length": 64}}
+    make_config({**raw, "adapter": {"kind": "prompt", "virtual_tokens": 63}})
+    with pytest.raises(ConfigError, match=r"virtual_tokens is 64 and data\.max_length, which counts them, 64"):
+        make_config({**raw, "adapter": {"kind": "prompt", "virtual_tokens": 64}})
+
+
+def test_a_text_to_begin_with_is_not_empty() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.prompt_init_text: is empty"):
+        config_of(kind="prompt", prompt_init_text=" ")
