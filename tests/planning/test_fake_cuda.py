@@ -52,7 +52,7 @@ def test_every_setting_takes_its_steps_and_generates(operations: dict[str, set[s
 
 def test_packed_documents_take_flash_attention_in_16_bits_only(operations: dict[str, set[str]]) -> None:
     for name, seen in operations.items():
-        flash = {"torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"}
+        flash = {"aten::_flash_attention_forward", "aten::_flash_attention_backward"}
         efficient = "aten::_scaled_dot_product_efficient_attention_backward"
         assert flash <= seen if "bf16" in name else flash.isdisjoint(seen) and efficient in seen
 
