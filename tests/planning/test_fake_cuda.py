@@ -39,8 +39,12 @@ def operations(found: dict[str, dict[str, list[str]]]) -> dict[str, set[str]]:
 
 
 def test_a_step_waits_for_the_device_once(found: dict[str, dict[str, list[str]]]) -> None:
-    """Two steps of two micro-batches each: loss and norm are read together, and nothing else is."""
-    assert {name: seen["waits"] for name, seen in found.items()} == {name: ["aten::_to_copy"] * 2 for name in found}
+    """Two steps of two micro-batches each: loss and norm are read together, and nothing else is.
+
+    Counted are reads, copies from memory that is not pinned, and calls that wait until the device is idle.
+    """
+    once = ["read by aten::_to_copy"]
+    assert {name: seen["waits"] for name, seen in found.items()} == dict.fromkeys(found, once * 2)
 
 
 def test_every_setting_takes_its_steps_and_generates(operations: dict[str, set[str]]) -> None:
