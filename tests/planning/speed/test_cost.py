@@ -101,14 +101,16 @@ def test_what_is_offloaded_goes_out_and_back(shape: Shape) -> None:
     assert seconds(shape, rates, Policy("full")) == 0
 
 
-@pytest.mark.parametrize(("on_card", "chunk_tokens", "logit_bytes"), [(True, 256, 10), (False, 64, 56)])
+@pytest.mark.parametrize(
+    ("on_card", "itemsize", "chunk_tokens", "logit_bytes"), [(True, 2, 256, 10), (False, 2, 64, 56), (False, 4, 64, 40)]
+)
 def test_the_head_is_read_twice_a_chunk_and_logits_are_moved(
-    shape: Shape, on_card: bool, chunk_tokens: int, logit_bytes: int
+    shape: Shape, on_card: bool, itemsize: int, chunk_tokens: int, logit_bytes: int
 ) -> None:
-    """Of a row of 2,048 tokens, where nothing but memory takes time, and nothing else of it: in 16 bits."""
-    bare = dataclasses.replace(shape, between=0.0, adapters=0)
+    """Of a row of 2,048 tokens, where nothing but memory takes time, and nothing else of it."""
+    bare = dataclasses.replace(shape, between=0.0, adapters=0, itemsize=itemsize)
     rates = dataclasses.replace(INFINITE, bandwidth=1e12, overlaps=on_card)
-    head = 2 * 2048 / chunk_tokens * VOCABULARY * HIDDEN * 2
+    head = 2 * 2048 / chunk_tokens * VOCABULARY * HIDDEN * itemsize
     expected = (head + logit_bytes * 2048 * VOCABULARY) / 1e12
     assert seconds(bare, rates, Policy("none")) == pytest.approx(expected)
 
