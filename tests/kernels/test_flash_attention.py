@@ -20,7 +20,7 @@ from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_kernels.varlen_attention import varlen_attention
 
 LONGEST = max(stop - start for start, stop in pairwise(BOUNDS))
-RANDOM = torch.zeros(2, dtype=torch.uint64)  # stands for the state of a generator that nothing was drawn from
+RANDOM = torch.zeros(2, dtype=torch.uint64)  # as the state of a generator that nothing was drawn from
 
 
 def forward_on_a_cpu(

@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 
 import numpy as np
@@ -8,6 +9,7 @@ from qlora_kernels.linear_cross_entropy import IGNORED
 from qlora_trainer.common.errors import CheckpointError, DataError
 from qlora_trainer.data.batching.loader import StepLoader, epoch_order
 from qlora_trainer.data.batching.mixing import Mixture
+from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.data.types import IGNORED_LABEL, Example
 
 ROWS = [Example([token, token + 100, token + 200], [-100, token + 100, token + 200]) for token in range(1, 12)]
@@ -142,8 +144,8 @@ class Reading:
 
 
 def same_packs(ours, theirs) -> bool:
-    fields = ("input_ids", "labels", "position_ids", "cu_seqlens", "tokens", "label_tokens")
-    pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(ours, theirs, strict=True) for name in fields]
+    names = [field.name for field in dataclasses.fields(Pack)]
+    pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(ours, theirs, strict=True) for name in names]
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
