@@ -270,6 +270,17 @@ def varlen_attention_backward() -> OpOverload:
     return torch.ops.torch_attn._varlen_attn_backward.default
 
 
+def flash_attention_operations() -> tuple[OpOverload, OpOverload]:
+    """Return flash attention forward and backward, the operations that torch's function for packed documents runs.
+
+    They are used directly only where `torch_features.has_flash_attention` knows their arguments.
+
+    Returns:
+        Both.
+    """
+    return torch.ops.aten._flash_attention_forward.default, torch.ops.aten._flash_attention_backward.default
+
+
 def pinned_memory_release() -> Callable[[], None] | None:
     """Return what gives unused pinned memory back under a torch without `torch.accelerator.empty_host_cache`.
 

@@ -168,6 +168,15 @@ def test_torch_has_varlen_attention_backward() -> None:
     assert arguments[6].name == "cu_seq_q"
 
 
+def test_torch_has_flash_attention_over_packed_documents() -> None:
+    """What is called with them is tested in test_flash_attention.py, and their arguments in test_torch_features.py."""
+    forward, backward = torch_internals.flash_attention_operations()
+    assert [operation.name() for operation in (forward, backward)] == [
+        "aten::_flash_attention_forward",
+        "aten::_flash_attention_backward",
+    ]
+
+
 def test_torch_has_a_way_to_release_pinned_memory() -> None:
     assert hasattr(torch.accelerator, "empty_host_cache") or torch_internals.pinned_memory_release() is not None
 
