@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kernels.adapter import Adapter, Projection, Shown, Stack, stacks_of
 from qlora_kernels.adapter_gradients import AdapterBackward
+from qlora_kernels.made_again import Making, making_of
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
 from qlora_kernels.nf4_matmul import MOST_FEW, multiply, multiply_few
 from qlora_kernels.products import linear, product
@@ -72,7 +73,7 @@ def nf4_linears(
         Their outputs.
     """
     shown = Shown(projections, is_called_back=x.requires_grad)
-    return _NF4Linears.apply(projections, shown, *visible(x, *shown.tensors))
+    return _NF4Linears.apply(projections, shown, making_of(x), *visible(x, *shown.tensors))
 
 
 def add_lora(
@@ -101,15 +102,16 @@ def add_lora(
 class _NF4Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, projections: Sequence[Projection], shown: Shown, x: Tensor, *parameters: Tensor
+        ctx: Any, projections: Sequence[Projection], shown: Shown, making: Making | None, x: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         tokens, is_trained = as_tokens(x), any(ctx.needs_input_grad)
         stacks = stacks_of(projections, x.dtype)
         low_ranks = [low_rank_of(tokens, stack) for stack in stacks]
         if is_trained:
-            keep(ctx, x if shown.trains_A else None, *shown.needed_for_B(stacks, low_ranks))
+            kept = (making.source if making else x) if shown.trains_A else None
+            keep(ctx, kept, *shown.needed_for_B(stacks, low_ranks))
         # Not as saved tensors: hooks that offload or recompute those must leave weights and adapters alone.
-        ctx.projections, ctx.shown = projections, shown
+        ctx.projections, ctx.shown, ctx.make = projections, shown, making.make if making else None
         parts: list[Tensor | None] = [None] * len(projections)
         for stack, of_stack in zip(stacks, low_ranks, strict=True):
             for (place, _), part in zip(stack.members, stack.split(of_stack, 1), strict=True):
@@ -122,16 +124,18 @@ class _NF4Linears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # (..., O) each
-        projections, shown, needs_x = ctx.projections, ctx.shown, ctx.needs_input_grad[2]
+        projections, shown, needs_x = ctx.projections, ctx.shown, ctx.needs_input_grad[3]
         x, *low_ranks = fetch(ctx)
         tokens_grads = [as_tokens(grad) for grad in grads]
         adapters = AdapterBackward(tokens_grads, projections, needs_x=needs_x)
         grads_B = adapters.grads_B(low_ranks)
         del low_ranks
+        if x is not None and ctx.make:
+            x = ctx.make(x)
         grads_A = adapters.grads_A(None if x is None else as_tokens(x), shown.trains_A)
         del x
         grad_x = shaped_as(input_gradient(tokens_grads, projections, adapters), grads[0]) if needs_x else None
-        return None, None, grad_x, *shown.gradients(tokens_grads, grads_A, grads_B)
+        return None, None, None, grad_x, *shown.gradients(tokens_grads, grads_A, grads_B)
 
 
 def as_tokens(x: Tensor) -> Tensor:  # (N, W)

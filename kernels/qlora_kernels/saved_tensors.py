@@ -65,6 +65,15 @@ class KeptBy:
         _INSTEAD.put, _INSTEAD.give = self._before
 
 
+def saves_tensors() -> bool:
+    """Return True where `keep` saves tensors, False where something else is kept in their place.
+
+    Returns:
+        True outside of `KeptBy`.
+    """
+    return _INSTEAD.put is None
+
+
 def keep(ctx: Any, *tensors: Tensor | None) -> None:
     """Save tensors for backward, from a function's forward; once in each.
 
