@@ -44,7 +44,7 @@ from benchmarks.llama_checkpoint import SIZES, LlamaShape, make_checkpoint
 from benchmarks.private_memory import PrivatePeak
 from benchmarks.processes import forget_pages, run_part
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state, lora_layers
-from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig
 from qlora_trainer.adapters.peft_format import read_adapter, write_adapter
 from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.background import Background
@@ -127,14 +127,12 @@ def make_adapter(base: Path, output: Path, seed: int) -> None:
                 tensors[f"{path}.{factor}.weight"] = torch.empty(shape).normal_(0.0, 0.015, generator=generator)
     targets = sorted({name.split(".")[-3] for name in tensors})
     with new_directory(output) as work:
-        write_adapter(work, tensors, AdapterFileConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+        write_adapter(work, tensors, LoraFileConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
 
 
 def merge_inputs(directory: Path, base: str) -> MergeInputs:
     fingerprint = BaseFingerprint.from_json(json.loads((directory / FINGERPRINT).read_text()))
-    return MergeInputs.from_adapter(
-        ModelDirectory.open(directory / base), fingerprint, read_adapter(directory / ADAPTER)
-    )
+    return MergeInputs(ModelDirectory.open(directory / base), fingerprint, read_adapter(directory / ADAPTER))
 
 
 def run_step(step: str, directory: Path, max_shard_bytes: int) -> dict[str, Any]:
@@ -188,7 +186,7 @@ def arithmetic_seconds(plan: MergePlan) -> float:
     for tensor in plan.tensors:
         tensor.source.read().view(torch.uint8).reshape(-1)[::4096].sum()
         started = time.perf_counter()
-        for block in merged_blocks(tensor, plan.inputs.scaling, "dequantized", CPU, _NoChecks()):
+        for block in merged_blocks(tensor, "dequantized", CPU, _NoChecks()):
             block.to(torch.float16)
         total += time.perf_counter() - started
     return total
@@ -202,7 +200,7 @@ def compare_streamed(directory: Path, output: Path, fault: str = "") -> dict[str
     inputs = merge_inputs(directory, PLAIN)
     model = load_streamed_model(inputs.base, CPU, trained_weights(inputs.base, inputs.fingerprint))
     add_adapters(model, AdapterConfig(rank=RANK, alpha=ALPHA * (1.05 if fault == "scale" else 1.0)))
-    load_adapter_state(model.eval(), dict(inputs.adapter))
+    load_adapter_state(model.eval(), inputs.adapter.tensors)
     layer = list(lora_layers(model).values())[-1]
     if fault == "adapter":
         layer.lora_B.weight.data.zero_()

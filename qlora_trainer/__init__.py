@@ -13,8 +13,8 @@ if TYPE_CHECKING:
         add_adapters,
         load_adapter_state,
         lora_state_dict,
-        mark_only_lora_as_trainable,
     )
+    from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
     from qlora_trainer.common.errors import QLoRATrainerError
     from qlora_trainer.config.load import load_config
     from qlora_trainer.config.schema import AdapterConfig, RunConfig
@@ -29,7 +29,7 @@ _HOMES = {
     "load_adapter_state": "adapters.inject",
     "load_config": "config.load",
     "lora_state_dict": "adapters.inject",
-    "mark_only_lora_as_trainable": "adapters.inject",
+    "mark_only_lora_as_trainable": "adapters.trainable",
     "merge_run": "merging.merge_run",
     "resume_run": "runs.start",
     "start_run": "runs.start",

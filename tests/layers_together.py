@@ -76,7 +76,8 @@ def in_one_matrix(projections: Sequence[Projection], cast: torch.dtype = torch.f
         )
     )
     found = []
-    for weight, bias, adapter in projections:
+    for projection in projections:
+        adapter = projection.adapter
         if adapter is not None:
             part, grad = next(parts)
             B = adapter.lora_B.detach()
@@ -84,7 +85,7 @@ def in_one_matrix(projections: Sequence[Projection], cast: torch.dtype = torch.f
             grads = grad, torch.ones_like(B).T
             lora_A = part.requires_grad_()
             adapter = replace(adapter, lora_A=lora_A, casts=casts, grads=grads, stacked=stacked)
-        found.append(Projection(weight, bias, adapter))
+        found.append(projection._replace(adapter=adapter))
     return found
 
 

@@ -11,9 +11,10 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from qlora_trainer.adapters.inject import BiasMode, adapter_state_dict, add_adapters, trainable_parameters
-from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters
+from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig
 from qlora_trainer.adapters.peft_format import StoredAdapter
+from qlora_trainer.adapters.trainable import BiasMode, trainable_parameters
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.merging.fold import MergeReport, merge
@@ -68,11 +69,11 @@ def train(directory: Path, bias: BiasMode = "none") -> Run:
             if "lora_B" in name or name.endswith("bias"):
                 parameter.normal_(0.0, 0.2, generator=generator)
     stored_transposed = any(getattr(module, "fan_in_fan_out", False) for module in base.model.modules())
-    config = AdapterFileConfig(
+    config = LoraFileConfig(
         r=8, lora_alpha=16.0, target_modules="all-linear", bias=bias, fan_in_fan_out=stored_transposed
     )
     adapter = StoredAdapter(config, adapter_state_dict(base.model))
-    return Run(MergeInputs.from_adapter(base.directory, base.fingerprint, adapter), base.model)
+    return Run(MergeInputs(base.directory, base.fingerprint, adapter), base.model)
 
 
 def merge_to(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.float16, **options: Any) -> MergeReport:
@@ -104,8 +105,8 @@ def by_hand(run: Run, name: str, source: Tensor) -> Tensor:
         state.dtype = torch.float32
         weight = dequantize_4bit(packed, state)
     key = f"base_model.model.{name.removesuffix('.weight')}"
-    if f"{key}.lora_A.weight" in run.inputs.adapter:
-        lora_A, lora_B = (run.inputs.adapter[f"{key}.lora_{factor}.weight"] for factor in "AB")
+    if f"{key}.lora_A.weight" in run.inputs.adapter.tensors:
+        lora_A, lora_B = (run.inputs.adapter.tensors[f"{key}.lora_{factor}.weight"] for factor in "AB")
         weight = weight + 2.0 * (lora_B @ lora_A)
     return weight.float()
 
@@ -138,6 +139,7 @@ def check_logits(run: Run, directory: Path, kl: float) -> None:
 
 
 def altered(inputs: MergeInputs, changes: Mapping[str, Tensor | None]) -> MergeInputs:
-    both = {**inputs.adapter, **changes}
-    adapter = {name: tensor for name, tensor in both.items() if tensor is not None}
-    return dataclasses.replace(inputs, adapter=adapter)
+    """The same merge of an adapter in which some tensors are others, or missing."""
+    both = {**inputs.adapter.tensors, **changes}
+    tensors = {name: tensor for name, tensor in both.items() if tensor is not None}
+    return dataclasses.replace(inputs, adapter=dataclasses.replace(inputs.adapter, tensors=tensors))

@@ -82,9 +82,7 @@ def test_a_family_trains_resumes_and_merges_into_the_same_logits_in_plain_transf
     assert done.report.verification is not None
     assert done.report.verification.beyond_rounding.kl < 1e-10, "as exact for experts as for others"
     bound = 1e-2 if family in EXPERTS else 1e-5
-    inputs = MergeInputs.from_adapter(
-        whole.base.directory, whole.base.fingerprint, read_adapter(whole.directory / "adapter")
-    )
+    inputs = MergeInputs(whole.base.directory, whole.base.fingerprint, read_adapter(whole.directory / "adapter"))
     merge_to(inputs, tmp_path / "float32", dtype=torch.float32)
 
     trained, base = logits_of(whole.base.model.eval()), logits_of(plain_model(directory))

@@ -3,7 +3,10 @@
 Adapters over the same input whose A's lie below each other in memory are a stack: x A^T of all is one product, and so
 is the gradient of their A's.
 
-Left out: what is computed with them (lora_linear.py, adapter_gradients.py, gated_linear.py).
+A vector may scale a layer's output (DoRA's magnitudes over its norms, Liu et al. 2024, arXiv:2402.09353; IA3's vectors
+on keys and values, Liu et al. 2022, arXiv:2205.05638) or its input (IA3's in the MLP), with or without LoRA.
+
+Left out: what is computed with them (lora_linear.py, adapter_gradients.py, scale_gradients.py, gated_linear.py).
 
 Legend: N tokens, I in features, O out features, R rank, S ranks of a stack together.
 """
@@ -102,12 +105,27 @@ class Adapter:
         return keep_mask(like, self.lora_A.shape[1], self.dropout, self.dropout_seed) if self.dropout else None
 
 
+@dataclass(frozen=True, eq=False)
+class OutputScale:
+    """Hold what a layer's output, with its adapter's but without the bias, is multiplied by: a number for each feature.
+
+    Its gradient needs the output as it was before. Kept, that is a tensor of the output's size from forward to
+    backward: for layers that are recomputed, of which one has such tensors at a time. Otherwise backward multiplies
+    once more by the weight, which it has dequantized for the input's gradient, and the input is kept.
+    """
+
+    values: Tensor  # (O,), any float dtype, multiplied in the wider of that and x's
+    keeps_output: bool = False
+
+
 class Projection(NamedTuple):
-    """Hold a layer over an input: x W^T + bias, and its adapter."""
+    """Hold a layer over an input, output_scale * (x W^T + adapter) + bias, of input_scale * x in the place of x."""
 
     weight: NF4Weight  # (O, I), frozen
     bias: Tensor | None = None  # (O,)
     adapter: Adapter | None = None
+    output_scale: OutputScale | None = None
+    input_scale: Tensor | None = None  # (I,), any float dtype; only of a layer that is alone over its input
 
 
 class Stack:
@@ -172,12 +190,18 @@ class Shown:
 
     def __init__(self, projections: Sequence[Projection], *, is_called_back: bool) -> None:
         self.tensors: list[Tensor] = []
-        self.names: list[tuple[str, int]] = []  # "bias", "A" or "B", and the place of the layer
+        self.names: list[tuple[str, int]] = []  # "bias" or a key of `gradients`, and the place of the layer
         self.trains_A: set[int] = set()  # places of layers
         self.trains_B: set[int] = set()
+        # Places of layers whose output scale trains: the output before it is kept, or is computed again.
+        self.kept: list[int] = []
+        self.remade: list[int] = []
+        self.has_output_scale = False
+        self.trains_input_scale = False
+        self.needs_input = False  # by backward
         if not torch.is_grad_enabled():
             return
-        for place, (_, bias, adapter) in enumerate(projections):
+        for place, (_, bias, adapter, output_scale, input_scale) in enumerate(projections):
             if bias is not None and bias.requires_grad:
                 self._show("bias", place, bias)
             if adapter is not None and adapter.grads is not None:
@@ -190,6 +214,15 @@ class Shown:
                 if adapter.lora_B.requires_grad:
                     self.trains_B.add(place)
                     self._show("B", place, adapter.lora_B)
+            if output_scale is not None:
+                self.has_output_scale = True
+                if output_scale.values.requires_grad:
+                    (self.kept if output_scale.keeps_output else self.remade).append(place)
+                    self._show("output_scale", place, output_scale.values)
+            if input_scale is not None and input_scale.requires_grad:
+                self.trains_input_scale = True
+                self._show("input_scale", place, input_scale)
+        self.needs_input = bool(self.trains_A or self.remade or self.trains_input_scale)
         if self.trains_A and not self.tensors and not is_called_back:
             place = min(self.trains_A)
             adapter = projections[place].adapter
@@ -200,7 +233,7 @@ class Shown:
         self.tensors.append(tensor)
         self.names.append((name, place))
 
-    def needed_for_B(self, stacks: Sequence[Stack], low_ranks: Sequence[Tensor]) -> list[Tensor | None]:
+    def needed_low_ranks(self, stacks: Sequence[Stack], low_ranks: Sequence[Tensor]) -> list[Tensor | None]:
         """Return what backward needs of x A^T.
 
         Args:
@@ -208,19 +241,22 @@ class Shown:
             low_ranks: x A^T (N, S) of each.
 
         Returns:
-            Of each stack x A^T, or None where B needs no gradient.
+            Of each stack x A^T, or None where neither B nor an output that is computed again needs it.
         """
-        return [low if stack.place in self.trains_B else None for stack, low in zip(stacks, low_ranks, strict=True)]
+        needed: list[Tensor | None] = []
+        for stack, low_rank in zip(stacks, low_ranks, strict=True):
+            is_needed = stack.place in self.trains_B
+            if self.remade and not is_needed:
+                is_needed = any(place in self.remade for place, _ in stack.members)
+            needed.append(low_rank if is_needed else None)
+        return needed
 
-    def gradients(
-        self, grads: Sequence[Tensor], grads_A: Mapping[int, Tensor], grads_B: Mapping[int, Tensor]
-    ) -> list[Tensor | None]:
+    def gradients(self, grads: Sequence[Tensor], by_name: Mapping[str, Mapping[int, Tensor]]) -> list[Tensor | None]:
         """Return the gradients of what was shown, a bias' computed here.
 
         Args:
             grads: (N, O), of each layer's output.
-            grads_A: by the layer's place.
-            grads_B: by the layer's place.
+            by_name: of "A", "B", "output_scale" and "input_scale" by the layer's place, scales' in any dtype.
 
         Returns:
             In the order of `tensors`.
@@ -230,5 +266,6 @@ class Shown:
             if name == "bias":
                 found.append(grads[place].sum(0, dtype=tensor.dtype))
             else:
-                found.append((grads_A if name == "A" else grads_B).get(place))
+                grad = by_name[name].get(place)
+                found.append(grad if grad is None else grad.to(tensor.dtype))
         return found

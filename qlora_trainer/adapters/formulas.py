@@ -2,6 +2,7 @@
 
 LoRA: W' = W + s B A with s = alpha / R (Hu et al. 2021, arXiv:2106.09685), or s = alpha / sqrt(R) for rsLoRA
 (Kalajdzievski 2023, arXiv:2312.03732).
+DoRA: W' = m / ||W + s B A|| (W + s B A), by rows (Liu et al. 2024, arXiv:2402.09353).
 
 Some rows of a fused layer may have a B of their own (fused_parts.py); its B is then in blocks, zero elsewhere.
 
@@ -66,6 +67,22 @@ def fold_lora(
     """
     assert weight.dtype == torch.float32
     return lora_delta(lora_A, lora_B, scaling).add_(weight)
+
+
+def dora_factors(
+    magnitude: Tensor,  # (O,)
+    norms: Tensor,  # (O,) fp32
+) -> Tensor:  # (O,) fp32
+    """Compute what DoRA multiplies a layer's output by.
+
+    Args:
+        magnitude: that trains, any floating dtype.
+        norms: ||W + s B A|| of each row, a constant for the gradient.
+
+    Returns:
+        m / ||W + s B A||; 0 where a row is 0, whose direction nothing can give a length.
+    """
+    return torch.where(norms > 0, magnitude.float() / norms.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
 
 
 def with_zero_blocks(

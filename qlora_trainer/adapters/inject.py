@@ -7,117 +7,43 @@ Works on any nn.Module with linear layers, so that it can be used as a library, 
     ...
     save_file(lora_state_dict(model), "adapter.safetensors")
 
-Left out: which layers are adapted (targets.py), and the layer itself (layers.py).
+Left out: what a kind of adapter puts on a model (kinds/), and what trains (trainable.py).
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.adapters.formulas import without_zero_blocks
-from qlora_trainer.adapters.fused_parts import trained_rows
-from qlora_trainer.adapters.layers import LoRALinear, TrainableBias
-from qlora_trainer.adapters.targets import find_targets
+from qlora_trainer.adapters.kinds.table import adapter_kind
+from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.trainable import (
+    AdapterModule,
+    BiasMode,
+    adapter_modules,
+    biased_modules,
+    trainable_parameters,
+)
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.common.units import counted
 from qlora_trainer.config.schema import AdapterConfig
-from qlora_trainer.model.modules.nf4_linear import NF4Linear
-
-PEFT_PREFIX = "base_model.model."
-
-BiasMode = Literal["none", "lora_only", "all"]
 
 
 def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> list[str]:
-    """Wrap the targets in LoRALinear, and freeze all else but the biases that `settings.bias` names.
+    """Put adapters of the settings' kind on a model, and freeze all else but the biases that `settings.bias` names.
 
-    Biases that train become fp32, lora_A and lora_B are of `settings.dtype`, fp32 for auto. lora_A is drawn from `seed`
-    alone, in fp32 on the CPU, so it is the same on every device. Targets that match nothing, and parts that
-    cannot be adapted alone, are refused by an AdapterError.
+    Biases that train become fp32, adapters are of `settings.dtype`, fp32 for auto. What is drawn is drawn from `seed`
+    alone, on the CPU. What the model cannot have is refused by an AdapterError.
 
     Args:
         model: any, of transformers or not.
         settings: the config's section `adapter`.
-        seed: of lora_A.
+        seed: of what is drawn.
 
     Returns:
-        The paths of the adapted layers.
+        The paths of the adapted modules.
     """
-    paths = find_targets(model, settings.target_modules)
-    parts = trained_rows(model, paths, settings.fused_parts)
-    generator = torch.Generator().manual_seed(seed)
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    for path in paths:
-        layer = LoRALinear.from_base(
-            model.get_submodule(path),
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            use_rslora=settings.use_rslora,
-            generator=generator,
-            parts=parts.get(path, ()),
-        )
-        for part in (layer.lora_A, layer.lora_B):
-            part.weight = nn.Parameter(part.weight.detach().to(dtype))
-        model.set_submodule(path, layer)
-    mark_only_lora_as_trainable(model, settings.bias)
-    return paths
-
-
-def mark_only_lora_as_trainable(model: nn.Module, bias: BiasMode = "none") -> None:
-    """Freeze everything but lora_A, lora_B and the biases that the mode names.
-
-    Args:
-        model: with adapters.
-        bias: "none"; "lora_only", the biases of adapted layers; or "all", every bias of the model. They become fp32.
-    """
-    model.requires_grad_(False)
-    for layer in lora_layers(model).values():
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
-    for path, module in _biased_modules(model, bias):
-        parameter = module.get_parameter("bias")
-        if parameter.dtype == torch.float32:
-            parameter.requires_grad_(True)
-        elif isinstance(module, NF4Linear):
-            module.bias = nn.Parameter(parameter.detach().float())  # NF4Linear casts its bias itself
-        else:
-            model.set_submodule(path, TrainableBias(module))
-    check_trainable(model)
-
-
-def check_trainable(model: nn.Module) -> None:
-    """Assert that nothing trains but adapters, in fp32 or bf16, and biases, in fp32.
-
-    Args:
-        model: with adapters.
-    """
-    for name, parameter in model.named_parameters():
-        is_adapter = ".lora_A." in f".{name}" or ".lora_B." in f".{name}"
-        is_bias = name.rsplit(".", 1)[-1] == "bias"
-        may_train = is_adapter or (is_bias and parameter.requires_grad)
-        assert parameter.requires_grad == may_train, f"{name} must {'train' if may_train else 'be frozen'}"
-        dtypes = (torch.float32, torch.bfloat16) if is_adapter else (torch.float32,)
-        assert not may_train or parameter.dtype in dtypes, f"{name} trains in {parameter.dtype}"
-
-
-def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield all that trains, in the model's order.
-
-    Args:
-        model: with adapters.
-
-    Yields:
-        (PEFT's name, parameter).
-    """
-    adapted = lora_layers(model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            path, found, rest = name.rpartition(".base.")
-            inside = found and path in adapted  # PEFT calls what a layer wraps its base_layer
-            yield PEFT_PREFIX + (f"{path}.base_layer.{rest}" if inside else name), parameter
+    return adapter_kind(settings).add(model, settings, seed)
 
 
 def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tensor]:
@@ -133,7 +59,7 @@ def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tens
     Raises:
         AdapterError: the model trains under another bias mode.
     """
-    named = {id(module.get_parameter("bias")) for _, module in _biased_modules(model, bias)}
+    named = {id(module.get_parameter("bias")) for _, module in biased_modules(model, bias)}
     state = adapter_state_dict(model)
     if named != {id(parameter) for name, parameter in trainable_parameters(model) if name.endswith(".bias")}:
         raise AdapterError(
@@ -151,12 +77,12 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         Tensors by PEFT's names.
     """
-    in_parts = _layers_in_parts(model)
+    owners = _owners(model)
     state = {}
     for name, parameter in trainable_parameters(model):
-        layer = in_parts.get(id(parameter))
         values = parameter.detach().to("cpu", copy=True)  # first, so that it takes nothing of a full device
-        state[name] = layer.whole_B(values) if layer else values
+        owner = owners.get(id(parameter))
+        state[name] = owner[0].stored(owner[1], values) if owner else values
     return state
 
 
@@ -184,11 +110,11 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"The adapter does not fit the model and settings: {'; '.join(parts)}. It was made for other targets, or "
             "another architecture."
         )
-    in_parts = _layers_in_parts(model)
+    owners = _owners(model)
     values: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        layer = in_parts.get(id(parameter))
-        shape = layer.whole_B(parameter.detach()).shape if layer else parameter.shape
+        owner = owners.get(id(parameter))
+        shape = owner[0].stored(owner[1], parameter.detach()).shape if owner else parameter.shape
         if tensors[name].shape != shape:
             raise AdapterError(
                 f"The adapter does not fit: {name} has shape {tuple(tensors[name].shape)}, the model needs "
@@ -196,13 +122,13 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             )
         if not torch.isfinite(tensors[name]).all():
             raise AdapterError(f"The adapter's tensor {name} holds values that are not finite; it is damaged.")
-        blocks = without_zero_blocks(tensors[name], layer.parts) if layer else tensors[name]
-        if blocks is None:
+        unstored = owner[0].unstored(owner[1], tensors[name]) if owner else tensors[name]
+        if unstored is None:
             raise AdapterError(
                 f"The adapter's tensor {name} also adapts what adapter.fused_parts leaves out, or ties its parts: it "
                 "was made with other settings. Leave its layer out of adapter.fused_parts."
             )
-        values[name] = blocks
+        values[name] = unstored
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
@@ -220,22 +146,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def _layers_in_parts(model: nn.Module) -> dict[int, LoRALinear]:
-    """Return layers of which some parts are adapted alone, by the id of the B that trains."""
-    return {id(layer.lora_B.weight): layer for layer in lora_layers(model).values() if layer.parts}
-
-
-def _biased_modules(model: nn.Module, mode: BiasMode) -> list[tuple[str, nn.Module]]:
-    """List (path, module) of the modules whose bias trains under a mode."""
-    adapted = {id(layer.base) for layer in lora_layers(model).values()}
-    inner = {id(module.base) for module in model.modules() if isinstance(module, TrainableBias)}
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if "bias" in dict(module.named_parameters(recurse=False))
-        and id(module) not in inner
-        and (mode == "all" or (mode == "lora_only" and id(module) in adapted))
-    ]
+def _owners(model: nn.Module) -> dict[int, tuple[AdapterModule, str]]:
+    """Return the module of each parameter of an adapter, and its name there, by the parameter's id."""
+    return {
+        id(parameter): (module, name)
+        for module in adapter_modules(model).values()
+        for name, parameter in module.own_parameters()
+    }
 
 
 def _bias_mode(names: Mapping[str, object]) -> BiasMode:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qlora_kernels.lora_linear import nf4_linears
 from qlora_kernels.torch_internals import has_hooks, version_of, with_real_tensors
 from qlora_trainer.adapters.layers import LoRALinear, linear_facts, projection_of
+from qlora_trainer.adapters.trainable import AdaptedLinear
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.modules.same_bits import ERRORS_OF_A_CALL
 
@@ -36,7 +37,7 @@ class JointLayers:
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self.layers: tuple[NF4Linear | LoRALinear, ...] = tuple(layers)
+        self.layers: tuple[NF4Linear | AdaptedLinear, ...] = tuple(layers)
         adapted = tuple(layer for layer in layers if isinstance(layer, LoRALinear))
         for layer in adapted:
             layer.joint = adapted if len(adapted) > 1 else ()
@@ -136,7 +137,7 @@ def may_join(layer: nn.Module) -> bool:
     Returns:
         True for a 4-bit one, adapted whole or not at all.
     """
-    base = layer.base if isinstance(layer, LoRALinear) and not layer.parts else layer
+    base = layer.base if isinstance(layer, AdaptedLinear) and layer.may_join else layer
     return isinstance(base, NF4Linear)
 
 
@@ -207,7 +208,7 @@ def over_one_input(module: nn.Module, function: Callable[..., Any], layers: Mapp
         return forward
 
     facts = {
-        name: linear_facts(layer.base if isinstance(layer, LoRALinear) else layer) for name, layer in layers.items()
+        name: linear_facts(layer.base if isinstance(layer, AdaptedLinear) else layer) for name, layer in layers.items()
     }
     stubs: dict[str, Any] = {name: _InPlaceOf(layer, noting(name, facts[name][1])) for name, layer in layers.items()}
     for name, child in module.named_children():

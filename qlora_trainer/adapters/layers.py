@@ -15,7 +15,7 @@ Legend: O out features, I in features, R rank, P parts of a fused layer, S rows 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from qlora_kernels.adapter import Adapter, Projection
 from qlora_kernels.dropout import draw_seed
 from qlora_kernels.lora_linear import add_lora, nf4_linears
 from qlora_kernels.side_by_side import worker_number
-from qlora_trainer.adapters.formulas import lora_scaling, with_zero_blocks
+from qlora_trainer.adapters.folds import LoraFold
+from qlora_trainer.adapters.formulas import lora_scaling, with_zero_blocks, without_zero_blocks
+from qlora_trainer.adapters.trainable import AdaptedLinear
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
 
@@ -33,9 +35,10 @@ class Switch:
     """Say to many layers at once whether what was prepared for them is to be taken."""
 
     is_on = False
+    serial = 0  # of the block in which it is on
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLinear):
     """Add an adapter's output to that of a linear layer.
 
     The adapter is on the base's device, on the CPU for a meta base.
@@ -119,9 +122,24 @@ class LoRALinear(nn.Module):
         """
         base = self.base
         if isinstance(base, NF4Linear):
-            return nf4_linears(x, (projection_of(self),))[0]
+            return nf4_linears(x, (self.projection(),))[0]
         dropped = F.dropout(x, self.dropout, self.training)
         return add_lora(base(x), dropped, self.lora_A.weight, self.whole_B(self.lora_B.weight), self.scaling)
+
+    @property
+    def may_join(self) -> bool:  # type: ignore[override]
+        """Return True where the layer is adapted whole, and so can be computed with others over its input."""
+        return not self.parts
+
+    def projection(self) -> Projection:
+        """Return the layer as the kernels take it, for one call; its base is an NF4Linear.
+
+        Returns:
+            Weight, bias and adapter.
+        """
+        base = self.base
+        assert isinstance(base, NF4Linear), "the kernels take 4-bit layers"
+        return Projection(base.nf4_weight, base.bias, self.adapter())
 
     def whole_B(
         self,
@@ -136,6 +154,38 @@ class LoRALinear(nn.Module):
             The whole B.
         """
         return with_zero_blocks(lora_B, self.parts, self.out_features) if self.parts else lora_B
+
+    def stored(self, name: str, values: Tensor) -> Tensor:
+        """Return a factor in the shape of PEFT's file: B whole, where parts are adapted alone.
+
+        Args:
+            name: of lora_A's or lora_B's weight.
+            values: of any shape, the parameter's.
+
+        Returns:
+            The factor.
+        """
+        return self.whole_B(values) if name.startswith("lora_B.") else values
+
+    def unstored(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Return a factor in its parameter's shape: the inverse of `stored`.
+
+        Args:
+            name: of lora_A's or lora_B's weight.
+            tensor: of any shape that `stored` gives.
+
+        Returns:
+            The factor; None where a value outside of the parts' blocks is not zero.
+        """
+        return without_zero_blocks(tensor, self.parts) if self.parts and name.startswith("lora_B.") else tensor
+
+    def fold(self) -> LoraFold:
+        """Say what becomes of the layer's weight in a merge.
+
+        Returns:
+            The fold, of the adapter as it is now.
+        """
+        return LoraFold(self.lora_A.weight, self.whole_B(self.lora_B.weight), self.scaling)
 
     def adapter(self) -> Adapter:
         """Return the adapter as the kernels take it, for one call: with dropout on, it draws the seed of that call.
@@ -168,48 +218,16 @@ class LoRALinear(nn.Module):
         return f"rank={self.lora_B.in_features}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-class TrainableBias(nn.Module):
-    """Run a module whose bias trains in fp32 while its weights have 16 bits: the bias is cast where the module runs.
-
-    A layer norm, for one, takes weight and bias of one dtype only, and a bias that trains in bf16 loses its updates.
-
-    Args:
-        base: the module.
-    """
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-        self.bias = nn.Parameter(base.get_parameter("bias").detach().float())
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Run the module with the bias in the dtype of its weights.
-
-        Args:
-            *inputs: of the module.
-            **named: of the module, by name.
-
-        Returns:
-            The module's output.
-        """
-        bias = self.bias.to(self.base.get_parameter("bias").dtype)
-        return torch.func.functional_call(self.base, {"bias": bias}, inputs, named)
-
-
-def projection_of(layer: NF4Linear | LoRALinear) -> Projection:
+def projection_of(layer: NF4Linear | AdaptedLinear) -> Projection:
     """Return a layer as the kernels take it, for one call.
 
     Args:
         layer: 4-bit, adapted or not.
 
     Returns:
-        Weight, bias and adapter.
+        Weight, bias and what trains.
     """
-    if isinstance(layer, NF4Linear):
-        return Projection(layer.nf4_weight, layer.bias)
-    base = layer.base
-    assert isinstance(base, NF4Linear), "the kernels take 4-bit layers"
-    return Projection(base.nf4_weight, base.bias, layer.adapter())
+    return layer.projection() if isinstance(layer, AdaptedLinear) else Projection(layer.nf4_weight, layer.bias)
 
 
 def linear_facts(base: nn.Module) -> tuple[int, int, torch.device]:

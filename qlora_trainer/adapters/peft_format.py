@@ -1,40 +1,33 @@
 """Read and write adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
 An adapter from elsewhere is data from strangers, so reading is strict where other loaders are lenient. Safetensors and
-JSON only, never pickle. Only lora_A, lora_B and (where the config says so) bias tensors are allowed: a file that also
-holds `lm_head.weight` would silently overwrite the base in loaders that accept it. What would make the adapter another
-function than s * B A added to the weight (DoRA, scalings that differ, modules saved whole, initializations that changed
-the base) is refused by name instead of ignored. Layers may differ in rank where their alpha differs with it, so that
-one s holds for all: layers of which some parts are adapted alone are stored so, next to others (fused_parts.py).
-
-Legend: R rank, I in features, O out features.
+JSON only, never pickle. What would make the adapter another function than ours (scalings that we have not, modules
+saved whole, initializations that changed the base) is refused by name instead of ignored. What a kind's files hold is
+its own matter (kinds/).
 """
 
 import json
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_trainer.adapters.formulas import lora_scaling
-from qlora_trainer.adapters.peft_config import ADAPTER_CONFIG, AdapterFileConfig, read_config
+from qlora_trainer.adapters.file_config import Differences, FileConfig
+from qlora_trainer.adapters.kinds.table import FILES, file_type
 from qlora_trainer.common.atomic import write_text
+from qlora_trainer.common.boundary import read_bounded_json
 from qlora_trainer.common.errors import AdapterError, DiskError, FileMissingError
 from qlora_trainer.common.units import counted
 from qlora_trainer.config.schema import AdapterConfig
 
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_TENSORS = 100_000
-
-_LORA = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
-_BIAS = re.compile(r"base_model\.model\.(?P<path>.+)\.bias")
+MAX_CONFIG_BYTES = 2**20
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -42,8 +35,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class StoredAdapter:
     """Hold an adapter as read from its files."""
 
-    config: AdapterFileConfig
-    tensors: dict[str, Tensor]  # PEFT's names; lora_A (R, I), lora_B (O, R), biases (O,); fp32 on the CPU
+    config: FileConfig
+    tensors: dict[str, Tensor]  # PEFT's names and shapes; fp32 on the CPU
 
     @property
     def paths(self) -> list[str]:
@@ -52,10 +45,21 @@ class StoredAdapter:
         Returns:
             The paths.
         """
-        return list(stored_ranks(self.tensors))
+        return self.config.adapted_paths(self.tensors)
+
+    def differences(self, wanted: AdapterConfig) -> Differences:
+        """Find settings that make this adapter's numbers another function.
+
+        Args:
+            wanted: a run's section `adapter`.
+
+        Returns:
+            (the adapter's value, the run's) by config key.
+        """
+        return self.config.differences(self.tensors, wanted)
 
 
-def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: AdapterFileConfig) -> None:
+def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: FileConfig) -> None:
     """Write the adapter's two files into an existing directory.
 
     Lists of target modules are written sorted. The config comes last, so that a directory with a config has its
@@ -70,14 +74,6 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Adapte
         DiskError: a write failed.
     """
     _check_tensors(tensors, config, origin="The adapter to be saved")
-    content = config.model_dump()
-    if content["lora_alpha"].is_integer():
-        content["lora_alpha"] = int(content["lora_alpha"])  # as PEFT writes it; some readers insist
-    content["alpha_pattern"] = {
-        name: int(alpha) if alpha.is_integer() else alpha for name, alpha in content["alpha_pattern"].items()
-    }
-    if isinstance(content["target_modules"], list):
-        content["target_modules"] = sorted(content["target_modules"])
     weights = directory / ADAPTER_WEIGHTS
     try:
         weights.touch()
@@ -85,7 +81,7 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Adapte
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
         weights.chmod(mode)
         write_text(
-            directory / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n"
+            directory / ADAPTER_CONFIG, json.dumps(config.as_json(), indent=2, sort_keys=True) + "\n"
         )  # last: it makes it whole
     except (OSError, SafetensorError) as error:
         raise DiskError(f"The adapter could not be written to {directory}: {error}. Free some space.") from error
@@ -109,44 +105,31 @@ def read_adapter(directory: Path) -> StoredAdapter:
     return StoredAdapter(config, {name: tensor.float() for name, tensor in tensors.items()})
 
 
-def stored_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return R of each adapted layer, by its path, from tensors named as PEFT names them.
+def read_config(path: Path) -> FileConfig:
+    """Read adapter_config.json; kinds that cannot be trained here are refused by name, all problems at once.
 
     Args:
-        tensors: of an adapter.
+        path: of the file.
 
     Returns:
-        Ranks by path.
+        The config.
+
+    Raises:
+        AdapterError: the file is not what it should be.
     """
-    return {
-        match["path"]: len(tensor)
-        for name, tensor in tensors.items()
-        if (match := _LORA.fullmatch(name)) and match["part"] == "A"
-    }
-
-
-def setting_differences(found: AdapterFileConfig, wanted: AdapterConfig) -> dict[str, tuple[Any, Any]]:
-    """Find settings that make an adapter's numbers another function.
-
-    Args:
-        found: the file's config.
-        wanted: the run's section `adapter`.
-
-    Returns:
-        (the file's value, the config's) by config key.
-    """
-    # Parts of a fused layer that are adapted alone are stored as one adapter of their summed rank.
-    ranks = {wanted.rank * count for count in {1, *map(len, wanted.fused_parts.values())}}
-    pairs: dict[str, tuple[Any, Any]] = {
-        "adapter.rank": (wanted.rank if found.r in ranks else found.r, wanted.rank),
-        "adapter.bias": (found.bias, wanted.bias),
-    }
-    scaling = lora_scaling(found.r, found.lora_alpha, found.use_rslora)
-    ours = lora_scaling(wanted.rank, wanted.alpha, wanted.use_rslora)
-    if not math.isclose(scaling, ours, rel_tol=1e-12):  # one scaling can be written in two ways
-        pairs["adapter.alpha"] = (found.lora_alpha, wanted.alpha)
-        pairs["adapter.use_rslora"] = (found.use_rslora, wanted.use_rslora)
-    return {key: values for key, values in pairs.items() if values[0] != values[1]}
+    raw = read_bounded_json(path, dict, MAX_CONFIG_BYTES, AdapterError, "Fetch or save the adapter again.")
+    found = file_type(raw)
+    if found is None:
+        known = " and ".join(FILES) if len(FILES) < 3 else ", ".join(FILES)
+        verb = "is" if len(FILES) == 1 else "are"
+        raise AdapterError(
+            f"{path} is an adapter of type {raw.get('peft_type')!r}; only {known} {verb} supported. Use PEFT for it."
+        )
+    config, problems = found.from_raw(raw)
+    if config is None:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise AdapterError(f"{path} describes an adapter that cannot be used here:\n{lines}")
+    return config
 
 
 def _check_files(directory: Path) -> None:
@@ -164,7 +147,7 @@ def _check_files(directory: Path) -> None:
         raise FileMissingError(f"{directory} has no {ADAPTER_WEIGHTS}; the adapter is incomplete.")
 
 
-def _read_tensors(path: Path, config: AdapterFileConfig) -> dict[str, Tensor]:
+def _read_tensors(path: Path, config: FileConfig) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -179,48 +162,11 @@ def _read_tensors(path: Path, config: AdapterFileConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], config: AdapterFileConfig, origin: str) -> None:
-    """Raise AdapterError unless these are pairs of lora_A and lora_B of the config's rank, and biases it names."""
-    pairs: dict[str, set[str]] = {}
+def _check_tensors(tensors: Mapping[str, Tensor], config: FileConfig, origin: str) -> None:
+    """Raise AdapterError unless these are the tensors of such an adapter, finite and of 32 or 16 bits."""
+    config.check_tensors(tensors, origin)
     for name, tensor in tensors.items():
-        match = _LORA.fullmatch(name)
-        if match is None:
-            continue
-        path, part = match["path"], match["part"]
-        pairs.setdefault(path, set()).add(part)
-        rank_dimension, rank = 0 if part == "A" else 1, config.rank_of(path)
-        if tensor.dim() != 2 or tensor.shape[rank_dimension] != rank:
-            wanted = f"({rank}, in features)" if part == "A" else f"(out features, {rank})"
-            raise AdapterError(
-                f"{origin}: {name} has shape {tuple(tensor.shape)}; with r {rank} it should be {wanted}."
-            )
-    if not pairs:
-        raise AdapterError(f"{origin} holds no lora_A and lora_B tensors.")
-    for path, parts in pairs.items():
-        if len(parts) == 1:
-            raise AdapterError(f"{origin}: {path} has lora_{parts.pop()} but not the other half of the pair.")
-    for name, tensor in tensors.items():
-        if _LORA.fullmatch(name) is None:
-            _check_bias(name, tensor, config, pairs, origin)
         if tensor.dtype not in _DTYPES:
             raise AdapterError(f"{origin}: {name} is {tensor.dtype}; float32, float16 or bfloat16 is expected.")
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{origin}: {name} holds values that are not finite; the adapter is broken.")
-
-
-def _check_bias(
-    name: str, tensor: Tensor, config: AdapterFileConfig, adapted: Mapping[str, object], origin: str
-) -> None:
-    """Refuse a bias of a wrong name: an adapted layer's is `<path>.base_layer.bias`, any other's `<path>.bias`."""
-    match = _BIAS.fullmatch(name)
-    if match is None:
-        raise AdapterError(
-            f"{origin} also holds {name}, which is no part of a LoRA adapter and would overwrite the base. Trained "
-            "heads, embeddings, DoRA magnitudes and modules saved whole are not supported."
-        )
-    path = match["path"]
-    of_adapted = path.endswith(".base_layer") and path.removesuffix(".base_layer") in adapted
-    if config.bias == "none" or (config.bias == "lora_only" and not of_adapted):
-        raise AdapterError(f"{origin} holds the bias {name}, though its config says bias: {config.bias}.")
-    if tensor.dim() != 1:
-        raise AdapterError(f"{origin}: the bias {name} has shape {tuple(tensor.shape)}; one dimension is expected.")

@@ -7,16 +7,56 @@ familiar list match half of what was meant. Experts are no targets (model/module
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import nn
 
 from qlora_trainer.adapters.alternatives import alternatives
+from qlora_trainer.adapters.layers import linear_facts
 from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import AdapterError
+from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import is_linear
+
+KEYS_AND_VALUES = {
+    *("k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "wk", "wv"),
+    *("c_attn", "qkv_proj", "query_key_value", "Wqkv", "qkv"),  # fused: the query is scaled too, as in PEFT
+}
+
+
+def adapted_paths(model: nn.Module, settings: AdapterConfig) -> list[str]:
+    """Find the linear layers that a config adapts, in the model's order.
+
+    Targets that match nothing are refused by an AdapterError.
+
+    Args:
+        model: any, of transformers or not.
+        settings: the config's section `adapter`.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        AdapterError: adapter.layers_to_transform leaves none, or names a decoder layer that does not exist.
+    """
+    if settings.target_modules != "auto":
+        paths = find_targets(model, settings.target_modules)
+    else:
+        paths = _of_ia3(model) if settings.kind == "ia3" else find_targets(model, "all-linear")
+    chosen = settings.layers_to_transform
+    if chosen is None:
+        return paths
+    layers = {path: _decoder_layer(model, path) for path in paths}
+    known = {layer for layer in layers.values() if layer is not None}
+    if unknown := sorted(set(chosen) - known):
+        there = f"0 to {max(known)}" if known else "none"
+        raise AdapterError(
+            f"adapter.layers_to_transform names {', '.join(map(str, unknown))}, and this model's decoder layers with "
+            f"targets are {there}, counted from 0."
+        )
+    return [path for path in paths if layers[path] in chosen]
 
 
 def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]:
@@ -61,6 +101,55 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
             raise AdapterError(f"adapter.target_modules={target_modules} {_matches_nothing(candidates, names)}{hint}")
         return found
     return _matching(model, target_modules, candidates, names)
+
+
+def last_of_mlps(model: nn.Module) -> list[str]:
+    """Find the last linear layers of MLPs: those outside of attention that give the hidden size from another size.
+
+    Args:
+        model: any, of transformers or not.
+
+    Returns:
+        Their paths, in the model's order; none where the model does not say its hidden size.
+    """
+    config = getattr(model, "config", None)
+    hidden = getattr(config and config.get_text_config(), "hidden_size", None)
+    found = []
+    for path in find_targets(model, "all-linear"):
+        inputs, outputs, _ = linear_facts(model.get_submodule(path))
+        if outputs == hidden != inputs and _part(model, path) == "mlp":
+            found.append(path)
+    return found
+
+
+def _of_ia3(model: nn.Module) -> list[str]:
+    """Find keys, values and the last layers of MLPs; of attention that computes all at once, the fused layer."""
+    linear = find_targets(model, "all-linear")
+    names = {path: path.rsplit(".", 1)[-1] for path in linear}
+    chosen = {path for path in linear if names[path] in KEYS_AND_VALUES and _part(model, path) == "attention"}
+    last = set(last_of_mlps(model))
+    if not chosen or not last:
+        raise AdapterError(
+            "adapter.kind=ia3 does not find the keys, the values and the last layers of the MLPs of this model by "
+            "itself. Name them in adapter.target_modules, and the MLPs' last layers in adapter.feedforward_modules "
+            f"too. There are: {', '.join(sorted(set(names.values())))}."
+        )
+    return [path for path in linear if path in chosen | last]
+
+
+def target_names(model: nn.Module, adapted: Sequence[str]) -> list[str]:
+    """Find the shortest names that PEFT resolves to exactly the adapted layers.
+
+    Args:
+        model: with its adapters.
+        adapted: paths of the adapted layers.
+
+    Returns:
+        The last parts of the paths if no other layer has them, else the paths; sorted.
+    """
+    ends = {path.rsplit(".", 1)[-1] for path in adapted}
+    matched = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in ends]
+    return sorted(ends) if sorted(matched) == sorted(adapted) else sorted(adapted)
 
 
 def _matching(model: nn.Module, pattern: str, candidates: list[str], names: list[str]) -> list[str]:
@@ -111,6 +200,15 @@ def _why_not_adapted(model: nn.Module, matches: Callable[[str], bool]) -> str:
     if modules or parameters:
         return f" {next(iter([*modules, *parameters]))} is no linear layer."
     return ""
+
+
+def _decoder_layer(model: nn.Module, path: str) -> int | None:
+    """Return the place of the decoder layer that a linear layer is in; None outside of all."""
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return int(parts[end])
+    return None
 
 
 def _part(model: nn.Module, path: str) -> str | None:

@@ -61,19 +61,39 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """Configure the adapter, which is what trains."""
 
-    kind: Literal["lora"] = Field("lora", description="Kind of adapter (LoRA, Hu et al. 2021).")
+    kind: Literal["lora", "dora", "ia3"] = Field(
+        "lora",
+        description="Kind of adapter: lora (Hu et al. 2021); dora, which trains a norm for each row too (Liu et al. "
+        "2024); ia3, which scales keys, values and the inputs of MLPs' last layers (Liu et al. 2022).",
+    )
     rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
     alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
     target_modules: str | list[str] = Field(
-        "all-linear",
-        description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
-        "expression that whole paths must match.",
+        "auto",
+        description="auto, all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a "
+        "regular expression that whole paths must match. auto: all-linear; of ia3 keys, values, and MLPs' last layers.",
+    )
+    feedforward_modules: list[str] | Literal["auto"] = Field(
+        "auto",
+        description="Of ia3: names of the target_modules whose input is scaled; auto: the last layers of MLPs.",
     )
     fused_parts: dict[str, list[str]] = Field(
         {},
         description="Parts to adapt in layers that compute several projections at once: {layer: parts}, such as "
         "{c_attn: [query, value]}. Each part has an adapter of this rank. Layers not named are adapted whole.",
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        {},
+        description="Ranks of layers that have another: {end of a path: rank}, such as {q_proj: 64, "
+        "layers.0.mlp.up_proj: 8}. Of several that fit a layer the first holds.",
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0.0)]] = Field(
+        {},
+        description="Alphas of layers that have another, likewise. A layer is scaled by its own alpha / rank.",
+    )
+    layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        None, description="Adapt these decoder layers only, counted from 0; null: all."
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
     bias: Literal["none", "lora_only", "all"] = Field(
@@ -120,6 +140,12 @@ class OptimizerConfig(Section):
         "paged_adamw_8bit where the run fits only so.",
     )
     learning_rate: float = Field(2e-4, gt=0.0, description="Peak learning rate.")
+    lora_plus_ratio: float = Field(
+        1.0,
+        gt=0.0,
+        description="The learning rate of lora_B is this times that of lora_A (LoRA+, Hayou et al. 2024, which advises "
+        "16 and a lower learning_rate); 1: the same.",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0, description="Share of all steps with a rising learning rate.")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay, on lora_A and lora_B only.")

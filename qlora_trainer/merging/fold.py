@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
-from qlora_trainer.adapters.formulas import fold_lora
 from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.background import Background
 from qlora_trainer.common.errors import DtypeRangeError, MergeError
@@ -107,7 +106,7 @@ def merge(
             dtype=dtype_name(plan.dtype),
             tensors=len(plan.tensors),
             bytes=sum(each.output.nbytes for each in plan.tensors),
-            folded=sum(each.lora is not None for each in plan.tensors),
+            folded=sum(each.fold is not None for each in plan.tensors),
             dequantized=len(plan.trained) if base == "dequantized" else 0,
             flushed_to_zero=flushed,
             changes=plan.changes,
@@ -134,7 +133,7 @@ def _write_tensors(
         for each in plan.tensors:
             if each.recorded:
                 checks.submit(each.recorded.check)
-            for block in merged_blocks(each, plan.inputs.scaling, base, device, checks):
+            for block in merged_blocks(each, base, device, checks):
                 cast = block.to(each.output.dtype).cpu()
                 if cast.is_floating_point():
                     _check_finite(each.source.name, block, cast.dtype)
@@ -146,13 +145,12 @@ def _write_tensors(
 
 
 def merged_blocks(
-    plan: TensorPlan, scaling: float, base: MergeBase, device: torch.device | str, checks: Background
+    plan: TensorPlan, base: MergeBase, device: torch.device | str, checks: Background
 ) -> Iterator[Tensor]:
     """Yield a merged tensor by rows, as they lie in the file: fp32, or as in the source where it is not floating.
 
     Args:
         plan: of the tensor.
-        scaling: of the adapter.
         base: what to fold into.
         device: of the arithmetic, and of what is yielded but integers and trained biases.
         checks: compares the weight with the one of training meanwhile.
@@ -166,13 +164,13 @@ def merged_blocks(
         for _, block in read_blocks(plan.source):
             yield block
     elif plan.transposed:  # the rows of the file are columns here: gather the whole, which Conv1D models can bear
-        yield torch.cat(list(_weight_blocks(plan, scaling, base, device, checks))).T
+        yield torch.cat(list(_weight_blocks(plan, base, device, checks))).T
     else:
-        yield from _weight_blocks(plan, scaling, base, device, checks)
+        yield from _weight_blocks(plan, base, device, checks)
 
 
 def _weight_blocks(
-    plan: TensorPlan, scaling: float, base: MergeBase, device: torch.device | str, checks: Background
+    plan: TensorPlan, base: MergeBase, device: torch.device | str, checks: Background
 ) -> Iterator[Tensor]:
     """Yield a float tensor by rows in fp32, adapter folded in; a weight as (O, I) whatever the file's order."""
     quantized = None
@@ -180,10 +178,10 @@ def _weight_blocks(
         weight = plan.trained_as.read(device)
         checks.submit(plan.trained_as.check, weight)
         quantized = plan.trained_as.as_trained(weight) if base == "dequantized" else None
-    lora = [factor.to(device) for factor in plan.lora or ()]
+    fold = plan.fold and plan.fold.to(device)
     for rows, values in _base_blocks(plan, quantized):
         block = values.to(device).float()  # cast there: it goes over in its own dtype
-        yield fold_lora(block, lora[0], lora[1][rows], scaling) if lora else block
+        yield fold.rows(block, rows or slice(None)) if fold else block
 
 
 def _base_blocks(plan: TensorPlan, quantized: NF4Weight | None) -> Iterator[tuple[slice | None, Tensor]]:

@@ -8,7 +8,6 @@ Legend: O out features, I in features, R rank.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from qlora_trainer.adapters.formulas import lora_scaling
+from qlora_trainer.adapters.folds import Fold
 from qlora_trainer.adapters.peft_format import StoredAdapter
 from qlora_trainer.common.atomic import refuse_existing, remove_leftovers
 from qlora_trainer.common.errors import MergeError
@@ -31,6 +30,7 @@ from qlora_trainer.merging.trained_weights import (
 )
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.load import config_corrections
+from qlora_trainer.weights.listing import checkpoint_name
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.side_files import files_to_copy, refuse_full_disk
 from qlora_trainer.weights.tensors import TensorInfo, TensorSpec
@@ -39,8 +39,6 @@ from qlora_trainer.weights.turn_files import TaughtTurns, turn_files
 MergeBase = Literal["dequantized", "original"]
 OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+?)\.(?:(?P<factor>lora_[AB])\.weight|(?:base_layer\.)?bias)")
-
 
 @dataclass(frozen=True)
 class MergeInputs:
@@ -48,30 +46,12 @@ class MergeInputs:
 
     base: ModelDirectory  # the checkpoint to merge from
     fingerprint: BaseFingerprint  # of the base as trained
-    adapter: Mapping[str, Tensor]  # by PEFT's names: lora_A (R, I), lora_B (O, R), and biases where they were trained
-    scaling: float  # lora_scaling(rank, alpha, use_rslora)
-    fan_in_fan_out: bool = False  # the checkpoint stores (I, O), as GPT-2's Conv1D does
+    adapter: StoredAdapter
 
-    @classmethod
-    def from_adapter(cls, base: ModelDirectory, fingerprint: BaseFingerprint, adapter: StoredAdapter) -> Self:
-        """Take scaling and layout from the adapter's own config.
-
-        Args:
-            base: the checkpoint to merge from.
-            fingerprint: of the base as it was trained.
-            adapter: as it was read from its directory.
-
-        Returns:
-            The inputs of `plan_merge`.
-        """
-        config = adapter.config
-        return cls(
-            base=base,
-            fingerprint=fingerprint,
-            adapter=adapter.tensors,
-            scaling=lora_scaling(config.r, config.lora_alpha, config.use_rslora),
-            fan_in_fan_out=config.fan_in_fan_out,
-        )
+    @property
+    def is_stored_transposed(self) -> bool:
+        """Return True if the checkpoint stores the adapted weights (I, O), as GPT-2's Conv1D does."""
+        return self.adapter.config.is_stored_transposed
 
 
 @dataclass(frozen=True)
@@ -82,7 +62,7 @@ class TensorPlan:
     output: TensorSpec
     trained_as: TrainedWeight | None = None  # it was NF4 in training
     recorded: RecordedTensor | None = None  # it was not, and the fingerprint knows it
-    lora: tuple[Tensor, Tensor] | None = None  # A (R, I), B (O, R)
+    fold: Fold | None = None  # what trained next to it
     replacement: Tensor | None = None  # a trained bias
     transposed: bool = False  # stored (I, O)
 
@@ -185,10 +165,11 @@ def plan_merge(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.flo
 def _plan_tensors(inputs: MergeInputs, dtype: torch.dtype) -> list[TensorPlan]:
     """Match the checkpoint, the fingerprint and the adapter."""
     base = inputs.base
-    trained = trained_weights(base, inputs.fingerprint, inputs.fan_in_fan_out)
+    trained = trained_weights(base, inputs.fingerprint, inputs.is_stored_transposed)
     recorded = dense_tensors(base, inputs.fingerprint)
-    loras, biases = _sort_adapter(inputs.adapter, base.tensors, inputs.fingerprint.stored_as)
-    _refuse_tied(base, loras)
+    inputs.adapter.config.check_tensors(inputs.adapter.tensors, "The adapter")
+    folds, biases = _by_stored_name(inputs)
+    _refuse_tied(base, folds)
 
     belongs_to_weight = {info.name for keys in base.quant_states.values() for info in keys.values()}
     plans = []
@@ -200,42 +181,37 @@ def _plan_tensors(inputs: MergeInputs, dtype: torch.dtype) -> list[TensorPlan]:
             output=info,
             trained_as=trained.get(name),
             recorded=recorded.get(name),
-            lora=loras.get(name),
+            fold=folds.get(name),
             replacement=biases.get(name),
-            transposed=inputs.fan_in_fan_out and (name in trained or name in loras),
+            transposed=inputs.is_stored_transposed and (name in trained or name in folds) and len(info.shape) > 1,
         )
         plans.append(dataclasses.replace(plan, output=_output_spec(plan, dtype)))
         _check_shapes(plans[-1])
     return plans
 
 
-def _sort_adapter(
-    adapter: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Sort the adapter into LoRA factors (A, B) and trained biases, by the checkpoint's names."""
-    factors: dict[str, dict[str, Tensor]] = {}
-    biases = {}
-    for key, tensor in adapter.items():
-        match = _ADAPTER_KEY.fullmatch(key)
-        if match is None:
-            raise MergeError(f"The adapter holds {key}, which is neither a LoRA factor nor a bias, and is not merged.")
-        path, factor = match["path"], match["factor"]
-        if factor:
-            name = name_of(f"{path}.weight", tensors, stored_as, "has an adapter")
-            factors.setdefault(name, {})[factor] = tensor
-        else:
-            biases[name_of(f"{path}.bias", tensors, stored_as, "was trained")] = tensor
-    if not factors:
-        raise MergeError("The adapter holds no LoRA factors; there is nothing to merge.")
-    if halves := [name for name, pair in factors.items() if len(pair) != 2]:
-        raise MergeError(f"The adapter of {halves[0]} has only one of lora_A and lora_B; its file is incomplete.")
-    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in factors.items()}, biases
+def _by_stored_name(inputs: MergeInputs) -> tuple[dict[str, Fold], dict[str, Tensor]]:
+    """Return what becomes of the adapted weights, and the trained biases, by the checkpoint's names."""
+    tensors, stored_as = inputs.base.tensors, inputs.fingerprint.stored_as
+    config, trained = inputs.adapter.config, inputs.adapter.tensors
+    folds = {
+        name_of(f"{path}.weight", tensors, stored_as, "has an adapter"): fold
+        for path, fold in config.folds(trained).items()
+    }
+    biases = {
+        name_of(f"{path}.bias", tensors, stored_as, "was trained"): bias
+        for path, bias in config.biases(trained).items()
+    }
+    for path, fold in config.bias_folds(trained).items():
+        if name := checkpoint_name(stored_as.get(f"{path}.bias", f"{path}.bias"), tensors):
+            folds[name] = fold
+    return folds, biases
 
 
-def _refuse_tied(base: ModelDirectory, loras: Mapping[str, object]) -> None:
+def _refuse_tied(base: ModelDirectory, folds: Mapping[str, object]) -> None:
     """Refuse an adapter on one of two tied weights: once folded, it would be read by both."""
     embeddings = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
-    touched = [name for name in loras if name.split(".")[-2] in embeddings]
+    touched = [name for name in folds if name.split(".")[-2] in embeddings]
     if touched and base.config_json.get("tie_word_embeddings", True):
         raise MergeError(
             f"The adapter changes {touched[0]}, which this model ties to another tensor: merged, both would change. "
@@ -259,13 +235,11 @@ def _output_spec(plan: TensorPlan, dtype: torch.dtype) -> TensorSpec:
 
 def _check_shapes(plan: TensorPlan) -> None:
     shape = plan.output.shape[::-1] if plan.transposed else plan.output.shape  # (O, I) of a weight
-    if plan.lora is not None:
-        lora_A, lora_B = plan.lora
-        if shape != (lora_B.shape[0], lora_A.shape[1]) or lora_A.shape[0] != lora_B.shape[1]:
-            raise MergeError(
-                f"The adapter of {plan.source.name} has lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}, "
-                f"which do not fit a weight of {shape}. It was made for another model."
-            )
+    if plan.fold is not None and not plan.fold.fits(shape):
+        raise MergeError(
+            f"The adapter of {plan.source.name} does not fit the base's, which has the shape {shape}. It was made for "
+            "another model."
+        )
     if plan.replacement is not None and shape != plan.replacement.shape:
         raise MergeError(
             f"The adapter's {plan.source.name} has shape {tuple(plan.replacement.shape)}, the base's {shape}. It was "

@@ -238,7 +238,7 @@ def _open_run(run_dir: Path, output: Path, dtype: torch.dtype, model: str | None
     config = config_identity(directory.config_json)
     if difference := trained.fingerprint.difference(dataclasses.replace(trained.fingerprint, config=config)):
         raise CheckpointError(f"The base {name} is not the one this adapter was trained on: {difference}.")
-    plan = plan_merge(MergeInputs.from_adapter(directory, trained.fingerprint, trained.adapter), output, dtype)
+    plan = plan_merge(MergeInputs(directory, trained.fingerprint, trained.adapter), output, dtype)
     return MergeRun(trained, name, plan, load_tokenizer(directory), choose_device(settings.device), stream=None)
 
 

@@ -8,7 +8,7 @@ into the merged files is no part of the reference, and shows in full.
 Legend: O out features, I in features, R rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from qlora_kernels.head_rows import HeadRows
 from qlora_kernels.nf4 import dequantize_nf4
-from qlora_trainer.adapters.formulas import fold_lora
-from qlora_trainer.adapters.inject import lora_layers
-from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.folds import Fold
+from qlora_trainer.adapters.trainable import adapter_modules
 from qlora_trainer.merging.logits import HeadLogits, Logits
 from qlora_trainer.merging.streamed_model import StreamedMatrix
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
@@ -32,7 +31,7 @@ class Rounding:
     """Add the error of casting a merged weight to the weight without its adapter."""
 
     dtype: torch.dtype
-    layer: LoRALinear | None = None  # whose base has the weight; None: it has no adapter
+    fold: Fold | None = None  # what trained next to the weight; None: it has no adapter
     transposed: bool = False  # the weight is stored (I, O)
 
     def __call__(
@@ -47,14 +46,15 @@ class Rounding:
         Returns:
             fp32, of the same shape.
         """
-        if self.layer is None:
+        if self.fold is None:
             return weight.to(self.dtype).float()
-        lora_A, lora_B = self.layer.lora_A.weight, self.layer.whole_B(self.layer.lora_B.weight)
         stored = weight.T if self.transposed else weight  # (O, I)
         rounded = torch.empty_like(stored)
         for rows in row_blocks(tuple(stored.shape)):  # the merge's own: a product of more rows may sum otherwise
-            merged = fold_lora(stored[rows], lora_A, lora_B[rows], self.layer.scaling)
-            rounded[rows] = stored[rows] + (merged.to(self.dtype).float() - merged)
+            assert rows is not None, "a matrix has rows"
+            merged = self.fold.rows(stored[rows], rows)
+            error = merged.to(self.dtype).float() - merged
+            rounded[rows] = stored[rows] + self.fold.change_of_base(stored[rows], error, rows)
         return rounded.T if self.transposed else rounded
 
 
@@ -109,26 +109,32 @@ def rounded_weights(model: Any, dtype: torch.dtype) -> Iterator[None]:
         model: base + adapter in fp32, streamed or whole.
         dtype: of the merged weights.
     """
-    adapted = {id(layer.base): layer for layer in lora_layers(model).values()}
-    factors = {id(part) for layer in adapted.values() for part in (layer.lora_A, layer.lora_B)}
+    adapters = adapter_modules(model).values()
+    folds = {id(module.base): (module.fold(), module.bias_fold()) for module in adapters}
+    own = {id(parameter) for module in adapters for _, parameter in module.own_parameters()}
     with ExitStack() as undo:
+        for adapter in adapters:
+            undo.callback(adapter.let_go)
+            adapter.hold()
         for path, module in list(model.named_modules()):
-            if id(module) in factors:
-                continue
-            layer = adapted.get(id(module))
+            fold, bias_fold = folds.get(id(module), (None, None))
             if isinstance(module, NF4Linear):
                 undo.callback(model.set_submodule, path, module)
-                model.set_submodule(path, _dense(module, Rounding(dtype, layer)))
+                model.set_submodule(path, _dense(module, Rounding(dtype, fold), Rounding(dtype, bias_fold)))
             else:
-                _round_parameters(module, dtype, layer, undo)
+                _round_parameters(module, dtype, {"weight": fold, "bias": bias_fold}, own, undo)
         yield
 
 
-def _round_parameters(module: nn.Module, dtype: torch.dtype, layer: LoRALinear | None, undo: ExitStack) -> None:
+def _round_parameters(
+    module: nn.Module, dtype: torch.dtype, folds: Mapping[str, Fold | None], own: Container[int], undo: ExitStack
+) -> None:
     for name, parameter in module.named_parameters(recurse=False):
-        has_adapter = layer is not None and name == "weight"
-        transposed = has_adapter and not isinstance(module, nn.Linear)
-        rounding = Rounding(dtype, layer if has_adapter else None, transposed)
+        if id(parameter) in own:
+            continue
+        fold = folds.get(name)
+        transposed = fold is not None and parameter.dim() > 1 and not isinstance(module, nn.Linear)
+        rounding = Rounding(dtype, fold, transposed)
         if isinstance(parameter, StreamedMatrix):
             parameter.rounding = rounding
             undo.callback(setattr, parameter, "rounding", None)
@@ -137,10 +143,10 @@ def _round_parameters(module: nn.Module, dtype: torch.dtype, layer: LoRALinear |
             parameter.data = rounding(parameter.data.float())
 
 
-def _dense(module: NF4Linear, rounding: Rounding) -> nn.Linear:
+def _dense(module: NF4Linear, rounding: Rounding, of_bias: Rounding) -> nn.Linear:
     """Make a plain layer of the rounded weight, with the bias rounded too."""
     dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
     dense.weight = nn.Parameter(rounding(dequantize_nf4(module.nf4_weight, torch.float32)), requires_grad=False)
     if module.bias is not None:
-        dense.bias = nn.Parameter(module.bias.data.to(rounding.dtype).float(), requires_grad=False)
+        dense.bias = nn.Parameter(of_bias(module.bias.data.float()), requires_grad=False)
     return dense

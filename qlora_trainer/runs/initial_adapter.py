@@ -4,12 +4,10 @@ An adapter of ours, a final one or a checkpoint, has a fingerprint of the base i
 another program only names a base, which may be the same under another name: a difference is a warning, not an error.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from qlora_trainer.adapters.peft_format import StoredAdapter, setting_differences
-from qlora_trainer.adapters.targets import find_targets
+from qlora_trainer.adapters.peft_format import StoredAdapter
+from qlora_trainer.adapters.targets import adapted_paths, target_names
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.override import override
 from qlora_trainer.config.schema import RunConfig
@@ -30,10 +28,12 @@ def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDi
     Raises:
         AdapterError: they differ; the message lists the settings to change.
     """
-    changes = [override(key, found) for key, (found, _) in setting_differences(initial.config, config.adapter).items()]
+    changes = [override(key, found) for key, (found, _) in initial.differences(config.adapter).items()]
     model = empty_model(directory)
-    if set(initial.paths) != set(find_targets(model, config.adapter.target_modules)):
-        changes.append(override("adapter.target_modules", list(target_names(model, initial.paths))))
+    if set(initial.paths) != set(adapted_paths(model, config.adapter)):
+        changes.append(override("adapter.target_modules", target_names(model, initial.paths)))
+        if config.adapter.layers_to_transform is not None:
+            changes.append(override("adapter.layers_to_transform", None))
     if changes:
         raise AdapterError(
             f"The adapter {config.adapter.init_from} was made with other settings than this config has. To start from "
@@ -74,18 +74,3 @@ def check_base(initial: StoredAdapter, config: RunConfig, base: BaseFingerprint)
         f"The adapter {source} was made for {named}, and the base of this run is {config.model.name}. If these are "
         "different weights, it will not do what it was trained for."
     ]
-
-
-def target_names(model: Any, adapted: Sequence[str]) -> list[str]:
-    """Find the shortest names that PEFT resolves to exactly the adapted layers.
-
-    Args:
-        model: with its adapters.
-        adapted: paths of the adapted layers.
-
-    Returns:
-        The last parts of the paths if no other layer has them, else the paths; sorted.
-    """
-    ends = {path.rsplit(".", 1)[-1] for path in adapted}
-    matched = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in ends]
-    return sorted(ends) if sorted(matched) == sorted(adapted) else sorted(adapted)

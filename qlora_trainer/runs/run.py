@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict
-from qlora_trainer.adapters.peft_config import AdapterFileConfig
-from qlora_trainer.adapters.peft_format import stored_ranks, write_adapter
+from qlora_trainer.adapters.kinds.table import adapter_kind
+from qlora_trainer.adapters.peft_format import write_adapter
 from qlora_trainer.common.atomic import new_directory
 from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import (
@@ -32,13 +31,11 @@ from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.model.device import give_back_memory
 from qlora_trainer.model.load import Base
-from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.planning.allocator import ALLOCATOR_VARIABLES
 from qlora_trainer.planning.memory_plan import MemoryPlan
 from qlora_trainer.planning.speed.candidates import Pace
 from qlora_trainer.runs.checkpoint import newest_checkpoint, save_checkpoint
 from qlora_trainer.runs.directory import BaseRecord, read_samples, write_base_record, write_samples
-from qlora_trainer.runs.initial_adapter import target_names
 from qlora_trainer.runs.metrics import RunLog
 from qlora_trainer.runs.resume_rules import environment
 from qlora_trainer.runs.turns import taught_turns
@@ -240,30 +237,11 @@ class Run:
         Args:
             directory: exists, and receives both files.
         """
-        settings = self.config.adapter
-        first = self.base.model.get_submodule(self.adapted[0]).base
-        tensors = adapter_state_dict(self.base.model)
-        # The scaling is written as alpha / rank, for rsLoRA too: some programs do not read use_rslora.
-        scaling = lora_scaling(settings.rank, settings.alpha, settings.use_rslora)
-        ranks = stored_ranks(tensors)
-        rank = settings.rank if len(set(ranks.values())) > 1 else max(ranks.values())
-        other_ranks = {path: found for path, found in ranks.items() if found != rank}
-        write_adapter(
-            directory,
-            tensors,
-            AdapterFileConfig(
-                base_model_name_or_path=self.config.model.name,
-                revision=self.config.model.revision,
-                r=rank,
-                lora_alpha=scaling * rank,
-                rank_pattern=other_ranks,
-                alpha_pattern={path: scaling * other for path, other in other_ranks.items()},
-                lora_dropout=settings.dropout,
-                target_modules=target_names(self.base.model, self.adapted),
-                bias=settings.bias,
-                fan_in_fan_out=isinstance(first, NF4Linear) and first.fan_in_fan_out,
-            ),
-        )
+        settings, model = self.config.adapter, self.base.model
+        tensors = adapter_state_dict(model)
+        named = {"base_model_name_or_path": self.config.model.name, "revision": self.config.model.revision}
+        config = adapter_kind(settings).file_config(settings, model, tensors, self.adapted, named)
+        write_adapter(directory, tensors, config)
 
 
 def _sample(answer: Answer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
-from qlora_trainer.adapters.peft_format import read_adapter, setting_differences
+from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.common.atomic import new_directory, refuse_existing
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, missing_files_name
@@ -124,7 +124,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     adapter = read_adapter(found.path)
     refused += [
         f"{key}: {was} → {now}, by the adapter's own file"
-        for key, (was, now) in setting_differences(adapter.config, config.adapter).items()
+        for key, (was, now) in adapter.differences(config.adapter).items()
         if not any(change.startswith(f"{key}:") for change in refused)
     ]
     if refused:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
-from qlora_trainer.adapters.peft_format import StoredAdapter, read_adapter, setting_differences
+from qlora_trainer.adapters.peft_format import StoredAdapter, read_adapter
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, DataError, FileMissingError
 from qlora_trainer.common.progress import Progress, silent
@@ -72,7 +72,7 @@ def read_trained(directory: Path) -> TrainedAdapter:
     config = read_run_config(directory)
     source, record = _newest_adapter(directory)
     adapter = read_adapter(source)
-    if differences := setting_differences(adapter.config, config.adapter):
+    if differences := adapter.differences(config.adapter):
         changes = "; ".join(
             f"{key} is {now} in {RUN_CONFIG_NAME} and {was} there" for key, (was, now) in differences.items()
         )

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_trainer.adapters.inject import lora_layers, trainable_parameters
+from qlora_trainer.adapters.inject import lora_layers
+from qlora_trainer.adapters.trainable import trainable_parameters
 from qlora_trainer.common.errors import ConfigError, TrainingError
 from qlora_trainer.config.schema import TrainingConfig
 from qlora_trainer.model.modules.nf4_linear import NF4Linear

@@ -19,7 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kernels.adapter import Adapter, StackedA
+from qlora_trainer.adapters.inject import lora_layers
+from qlora_trainer.adapters.joint import with_stacks_together
 from qlora_trainer.adapters.layers import LoRALinear, Switch
+from qlora_trainer.adapters.trainable import adapter_modules, trainable_parameters
+from qlora_trainer.config.schema import OptimizerConfig
 
 ALIGNMENT = 16  # bytes
 
@@ -34,6 +38,7 @@ class FlatGroup:
     parameters: dict[str, nn.Parameter]  # in the order of the buffer
     slices: dict[str, slice]  # where each parameter is in the buffer
     other_grads: tuple[Tensor, ...] = ()  # (N,) each: of the workers after the first
+    rate_factor: float = 1.0  # times the step's learning rate
 
     @property
     def grads(self) -> tuple[Tensor, ...]:
@@ -93,6 +98,7 @@ def flatten_parameters(
     name: str,
     weight_decay: float,
     workers: int = 1,
+    rate_factor: float = 1.0,
 ) -> FlatGroup:
     """Move parameters into one flat buffer, keeping their values; gradients start at zero.
 
@@ -101,6 +107,7 @@ def flatten_parameters(
         name: of the group.
         weight_decay: of the group.
         workers: threads that add gradients at once.
+        rate_factor: of the group; its learning rate is so many times the step's.
 
     Returns:
         The group.
@@ -132,7 +139,51 @@ def flatten_parameters(
         parameter.data = view
         parameter.grad = flat.grad[where].view(parameter.shape)
     others = tuple(torch.zeros_like(flat.grad) for _ in range(workers - 1))
-    return FlatGroup(name, flat, weight_decay, parameters, slices, others)
+    return FlatGroup(name, flat, weight_decay, parameters, slices, others, rate_factor)
+
+
+def group_trainable(model: nn.Module, settings: OptimizerConfig, workers: int = 1) -> list[FlatGroup]:
+    """Move all that trains into flat groups: of one dtype, weight decay and learning rate each.
+
+    LoRA's factors come first, those of layers over one input together. Biases of the base, and what a kind of adapter
+    says of its parameters, have no weight decay.
+
+    Args:
+        model: with its adapters.
+        settings: the config's section `optimizer`.
+        workers: threads that add gradients of LoRA's factors at once.
+
+    Returns:
+        The groups, in an order that depends on the model and settings alone.
+    """
+    trainable = dict(trainable_parameters(model))
+    adapted = list(lora_layers(model).values())
+    factors = {id(p) for layer in adapted for p in (layer.lora_A.weight, layer.lora_B.weight)}
+    decaying = {
+        id(p)
+        for module in adapter_modules(model).values()
+        for name, p in module.own_parameters()
+        if module.decays(name)
+    }
+    members: dict[tuple[str, torch.dtype, float], list[tuple[str, nn.Parameter]]] = {}
+    lora = with_stacks_together([(name, p) for name, p in trainable.items() if id(p) in factors], adapted)
+    for name, p in [*lora, *((name, p) for name, p in trainable.items() if id(p) not in factors)]:
+        ratio = settings.lora_plus_ratio if name.endswith(".lora_B.weight") else 1.0
+        if id(p) in factors:
+            group = "lora" if settings.lora_plus_ratio == 1.0 else name.split(".")[-2]
+        else:
+            group = "matrix" if id(p) in decaying else "bias"
+        members.setdefault((group, p.dtype, ratio), []).append((name, p))
+    return [
+        flatten_parameters(
+            named,
+            name=group,
+            weight_decay=0.0 if group == "bias" else settings.weight_decay,
+            workers=workers if id(named[0][1]) in factors else 1,
+            rate_factor=ratio,
+        )
+        for (group, _, ratio), named in members.items()
+    ]
 
 
 def grad_norm(groups: Sequence[FlatGroup]) -> Tensor:  # () fp32
@@ -201,6 +252,7 @@ class PreparedAdapters:
         for trained, cast in self._casts:
             cast.copy_(trained)
         self.switch.is_on = True
+        self.switch.serial += 1
         try:
             yield
             for group in self.groups:

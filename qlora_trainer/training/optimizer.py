@@ -53,8 +53,8 @@ class Optimizer:
         """
         for group in self.groups:
             group.check_views()  # an update of a buffer that the model no longer reads would go unnoticed
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = learning_rate
+        for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+            settings["lr"] = learning_rate * group.rate_factor
         self.optimizer.step()
 
     def zero_grad(self) -> None:
@@ -181,6 +181,7 @@ class Optimizer:
                     "name": group.name,
                     "step": int(self.optimizer.state[group.data]["step"]),
                     "weight_decay": group.weight_decay,
+                    "rate_factor": group.rate_factor,
                     "parameters": group.layout(),
                 }
                 for group in self.groups
@@ -249,11 +250,11 @@ def _layout_problems(saved: Any, ours: list[dict[str, Any]]) -> list[str]:
         return [f"the parameter groups are {found} in the checkpoint and {names} here"]
     problems = []
     for theirs, group in zip(saved, ours, strict=True):
-        if theirs.get("weight_decay") != group["weight_decay"]:
-            problems.append(
-                f"weight_decay of {group['name']} is {theirs.get('weight_decay')} in the checkpoint and "
-                f"{group['weight_decay']} here"
-            )
+        problems += [
+            f"{key} of {group['name']} is {theirs.get(key)} in the checkpoint and {group[key]} here"
+            for key in ("weight_decay", "rate_factor")
+            if theirs.get(key) != group[key]
+        ]
         if theirs.get("parameters") != group["parameters"]:
             problems.append(_first_difference(group["name"], theirs.get("parameters"), group["parameters"]))
     return problems

@@ -24,7 +24,8 @@ from qlora_kernels.rms_norm import Form, rms_norm
 from qlora_kernels.tiling import tiled
 from qlora_kernels.torch_internals import copy_with, with_real_tensors
 from qlora_trainer.adapters.joint import JointLayers, join_layers, may_join
-from qlora_trainer.adapters.layers import LoRALinear, projection_of
+from qlora_trainer.adapters.layers import projection_of
+from qlora_trainer.adapters.trainable import AdaptedLinear
 from qlora_trainer.common.units import counted
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import NF4Linear, is_linear
@@ -58,7 +59,7 @@ class GatedMLP:
         down: the last projection.
     """
 
-    def __init__(self, gate_and_up: Split, activation: Activation, down: NF4Linear | LoRALinear) -> None:
+    def __init__(self, gate_and_up: Split, activation: Activation, down: NF4Linear | AdaptedLinear) -> None:
         self.gate_and_up = gate_and_up
         self.activation = activation
         self.down = down
@@ -116,7 +117,7 @@ def patch_model(model: nn.Module) -> PatchReport:
         What keeps little for backward now.
     """
     modules = list(model.modules())
-    linear = [module for module in modules if isinstance(module, LoRALinear)]
+    linear = [module for module in modules if isinstance(module, AdaptedLinear)]
     norms = [module for module in modules if _is_norm(module)]
     mlps = [module for module in modules if _is_mlp(module)]
     patched_norms = 0
@@ -212,7 +213,7 @@ def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
     activation = others[0]
     for names in itertools.permutations(linear):
         down = linear[names[-1]]
-        is_4bit = isinstance(down.base if isinstance(down, LoRALinear) else down, NF4Linear)
+        is_4bit = isinstance(down.base if isinstance(down, AdaptedLinear) else down, NF4Linear)
         if is_4bit and len(names) in (2, 3) and _computes_gated(mlp, names, activation):
             inside = [linear[name] for name in names[:-1]]
             is_joint = len(inside) == 2 and all(may_join(layer) for layer in inside)
@@ -263,7 +264,7 @@ def _norm_forward(norm: nn.Module, eps: float, form: Form, x: Tensor) -> Tensor:
 
 
 def _is_projection(module: nn.Module) -> bool:
-    return isinstance(module, LoRALinear) or is_linear(module)
+    return isinstance(module, AdaptedLinear) or is_linear(module)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -273,7 +274,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _is_mlp(module: nn.Module) -> bool:
     """Return True for at least two projections and something without weights that is no attention: an activation."""
-    if isinstance(module, LoRALinear) or "attention" in type(module).__name__.lower():
+    if isinstance(module, AdaptedLinear) or "attention" in type(module).__name__.lower():
         return False
     children = list(module.children())
     others = [child for child in children if not _is_projection(child)]

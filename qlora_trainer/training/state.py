@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_trainer.adapters.inject import lora_layers, trainable_parameters
-from qlora_trainer.adapters.joint import with_stacks_together
+from qlora_trainer.adapters.inject import lora_layers
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture
 from qlora_trainer.model.forward import ForwardPlan, examine_forward
 from qlora_trainer.training.determinism import repeats_side_by_side
-from qlora_trainer.training.flat import FlatGroup, PreparedAdapters, flatten_parameters
+from qlora_trainer.training.flat import FlatGroup, PreparedAdapters, group_trainable
 from qlora_trainer.training.loss_scale import GradScale
 from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.training.optimizer import Optimizer, build_optimizer
@@ -161,13 +160,8 @@ def build_state(
     workers = workers if repeats_side_by_side(model) else 1
     apply_policy(model, policy, workers)
     forward = examine_forward(model, config.data.max_length)
-    trainable = list(trainable_parameters(model))
     adapted = list(lora_layers(model).values())
-    weights = with_stacks_together([(name, p) for name, p in trainable if not name.endswith(".bias")], adapted)
-    biases = [(name, p) for name, p in trainable if name.endswith(".bias")]
-    groups = [flatten_parameters(weights, name="lora", weight_decay=config.optimizer.weight_decay, workers=workers)]
-    if biases:
-        groups.append(flatten_parameters(biases, name="bias", weight_decay=0.0))
+    groups = group_trainable(model, config.optimizer, workers)
     loader = StepLoader(
         train,
         global_batch_size=config.training.global_batch_size,

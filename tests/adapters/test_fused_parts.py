@@ -15,9 +15,10 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 from qlora_kernels.nf4 import dequantize_nf4
 from qlora_trainer.adapters.formulas import with_zero_blocks, without_zero_blocks
 from qlora_trainer.adapters.fused_parts import LAYOUTS, trained_rows
-from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, trainable_parameters
+from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.adapters.targets import find_targets
+from qlora_trainer.adapters.trainable import trainable_parameters
 from qlora_trainer.common.errors import AdapterError, ConfigError
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import AdapterConfig, RunConfig

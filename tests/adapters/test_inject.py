@@ -9,13 +9,10 @@ import torch
 from tiny_models import FAMILIES
 from torch import nn
 
-from qlora_trainer.adapters.inject import (
+from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, lora_state_dict
+from qlora_trainer.adapters.trainable import (
     BiasMode,
-    adapter_state_dict,
-    add_adapters,
     check_trainable,
-    load_adapter_state,
-    lora_state_dict,
     mark_only_lora_as_trainable,
     trainable_parameters,
 )

@@ -12,9 +12,10 @@ from random_tensors import normal
 from torch import Tensor, nn
 
 from qlora_kernels.nf4 import quantize_nf4
-from qlora_trainer.adapters.inject import add_adapters, lora_layers, trainable_parameters
+from qlora_trainer.adapters.inject import add_adapters, lora_layers
 from qlora_trainer.adapters.joint import JointForward, JointLayers, join_layers, with_stacks_together
 from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.trainable import trainable_parameters
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.model.load import load_base_model

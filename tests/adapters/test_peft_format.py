@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import qlora_trainer.model.modules.nf4_linear  # noqa: F401  # guards the import of bitsandbytes, which PEFT repeats
 from qlora_trainer.adapters import peft_format
 from qlora_trainer.adapters.formulas import lora_scaling
-from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig
 from qlora_trainer.adapters.peft_format import StoredAdapter, read_adapter, write_adapter
 from qlora_trainer.common.errors import AdapterError, DiskError, FileMissingError
 
@@ -56,8 +56,8 @@ def random_adapter(model: nn.Module, leaves: set[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def file_config(**fields: Any) -> AdapterFileConfig:
-    return AdapterFileConfig.model_validate(
+def file_config(**fields: Any) -> LoraFileConfig:
+    return LoraFileConfig.model_validate(
         {"r": RANK, "lora_alpha": 8.0, "target_modules": ["q_proj", "down_proj"]} | fields
     )
 
@@ -133,6 +133,7 @@ def test_we_read_exactly_what_peft_saved(tmp_path: Path) -> None:
         f"model.layers.{layer}.{leaf}" for layer in (0, 1) for leaf in ("self_attn.v_proj", "mlp.up_proj")
     )
     config = adapter.config
+    assert isinstance(config, LoraFileConfig)
     assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (RANK, 6.0, 0.1, "none")
     assert set(config.target_modules or []) == {"v_proj", "up_proj"}
 
@@ -152,7 +153,7 @@ def test_biases_go_from_peft_to_us_and_back(tmp_path: Path, bias: Any) -> None:
     attention = f"{PREFIX}transformer.h.0.attn.c_attn.base_layer.bias"
     assert biases == [] if bias == "none" else attention in biases
     assert (len(biases) > 1) == (bias == "all")
-    assert adapter.config.fan_in_fan_out
+    assert adapter.config.is_stored_transposed
 
     (tmp_path / "ours").mkdir()
     write_adapter(tmp_path / "ours", adapter.tensors, adapter.config)
@@ -203,9 +204,8 @@ def test_a_tensor_that_is_no_part_of_an_adapter_is_refused_by_name(tmp_path: Pat
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 16}),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": -1.0}),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 1]]),
@@ -230,16 +230,22 @@ def test_a_config_that_means_another_function_is_refused_by_key(tmp_path: Path, 
 
 
 def test_all_problems_of_a_config_are_reported_at_once(tmp_path: Path) -> None:
-    write_raw(tmp_path, small_adapter(), use_dora=True, modules_to_save=["lm_head"], r=0)
-    with pytest.raises(AdapterError, match=r"(?s)use_dora.*modules_to_save.*- r:"):
+    write_raw(tmp_path, small_adapter(), lora_bias=True, modules_to_save=["lm_head"], r=0)
+    with pytest.raises(AdapterError, match=r"(?s)lora_bias.*modules_to_save.*- r:"):
         read_adapter(tmp_path)
+
+
+def rank_in(directory: Path) -> int:
+    config = read_adapter(directory).config
+    assert isinstance(config, LoraFileConfig)
+    return config.r
 
 
 def test_keys_that_change_nothing_are_accepted(tmp_path: Path) -> None:
     write_raw(tmp_path, small_adapter(), use_dora=False, rank_pattern={}, modules_to_save=None, a_future_key=None)
-    assert read_adapter(tmp_path).config.r == RANK
+    assert rank_in(tmp_path) == RANK
     write_raw(tmp_path, small_adapter(), exclude_modules="lm_head", layers_to_transform=[0], layers_pattern="layers")
-    assert read_adapter(tmp_path).config.r == RANK
+    assert rank_in(tmp_path) == RANK
 
 
 def test_ranks_shapes_and_halves_must_fit(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_gpt2_saved_without_its_prefix_is_mapped_and_transposed(tmp_path: Path
     GPT2Model.from_pretrained(whole).save_pretrained(tmp_path / "base")
     assert "h.0.attn.c_attn.weight" in ModelDirectory.open(tmp_path / "base").tensors
     run = train(tmp_path / "base")
-    assert run.inputs.fan_in_fan_out
+    assert run.inputs.is_stored_transposed
     merge_to(run.inputs, tmp_path / "merged", dtype=torch.float32)
     check_logits(run, tmp_path / "merged", kl=1e-10)
 
@@ -83,18 +83,18 @@ def test_the_original_base_is_the_checkpoints_own_weights_plus_the_adapter(tmp_p
     with pytest.raises(AssertionError):
         check_logits(llama, tmp_path / "merged", kl=1e-3)  # another function than the one trained
     name = "model.layers.1.mlp.down_proj"
-    lora_A, lora_B = (llama.inputs.adapter[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+    lora_A, lora_B = (llama.inputs.adapter.tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
     source = stored(llama.inputs.base.path)[f"{name}.weight"].float()
     assert torch.equal(stored(tmp_path / "merged")[f"{name}.weight"], (source + 2.0 * (lora_B @ lora_A)).half())
 
 
 def test_trained_biases_replace_those_of_the_base(tmp_path: Path) -> None:
     run = train(make_base(tmp_path / "base", Qwen2Config(**LLAMA)), bias="all")
-    assert sum(name.endswith(".bias") for name in run.inputs.adapter) == 6
+    assert sum(name.endswith(".bias") for name in run.inputs.adapter.tensors) == 6
     merge_to(run.inputs, tmp_path / "merged", verify=verifier(run))
     path = "model.layers.0.self_attn.q_proj"
     merged, source = stored(tmp_path / "merged")[f"{path}.bias"], stored(run.inputs.base.path)[f"{path}.bias"]
-    assert torch.equal(merged, run.inputs.adapter[f"base_model.model.{path}.base_layer.bias"].half())
+    assert torch.equal(merged, run.inputs.adapter.tensors[f"base_model.model.{path}.base_layer.bias"].half())
     assert not torch.equal(merged, source.half())
 
 
@@ -210,7 +210,7 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path: Path, llama: Run) -> No
     """In the adapter, and so in one block of one weight, whatever the dtype."""
     key = "base_model.model.model.layers.1.mlp.gate_proj.lora_B.weight"
     for value in (math.nan, math.inf):
-        spoiled = llama.inputs.adapter[key].clone()
+        spoiled = llama.inputs.adapter.tensors[key].clone()
         spoiled[-1, 0] = value
         for dtype in (torch.float16, torch.float32):
             with pytest.raises(MergeError, match=r"layers\.1\.mlp\.gate_proj\.weight holds values that are not finite"):

@@ -12,7 +12,7 @@ from merge_runs import Run, altered, merge_to, on_base, stored
 from spying import noting
 from torch import Tensor
 
-from qlora_trainer.common.errors import DiskError, MergeError, ModelError, OutputExistsError
+from qlora_trainer.common.errors import AdapterError, DiskError, MergeError, ModelError, OutputExistsError
 from qlora_trainer.merging.merge_plan import plan_merge
 
 
@@ -22,17 +22,20 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
     head = {f"{prefix}lm_head.lora_A.weight": torch.ones(8, 64), f"{prefix}lm_head.lora_B.weight": torch.ones(128, 8)}
     tied = {f"{prefix}model.embed_tokens.lora_{factor}.weight": torch.ones(8, 8) for factor in "AB"}
     cases: dict[str, Mapping[str, Tensor | None]] = {
-        "neither a LoRA factor nor a bias": {f"{prefix}lm_head.weight": torch.ones(128, 64)},
+        "which is no part of a LoRA adapter": {f"{prefix}lm_head.weight": torch.ones(128, 64)},
         r"lm_head\.weight has an adapter, but the base's": head,
         r"changes model\.embed_tokens\.weight, which this model ties": tied,
-        "only one of lora_A and lora_B": {f"{q_proj}.lora_B.weight": None},
-        r"which do not fit a weight of \(64, 64\)": {f"{q_proj}.lora_B.weight": torch.ones(65, 8)},
-        r"q_proj\.bias was trained, but": {f"{q_proj}.bias": torch.ones(64)},
-        "no LoRA factors": dict.fromkeys(inputs.adapter),
+        "has lora_A but not the other half": {f"{q_proj}.lora_B.weight": None},
+        r"is for a weight of \(65, 64\), and the base's has \(64, 64\)": {f"{q_proj}.lora_B.weight": torch.ones(65, 8)},
+        "holds no lora_A and lora_B": dict.fromkeys(inputs.adapter.tensors),
     }
     for message, changes in cases.items():
-        with pytest.raises(MergeError, match=message):
+        with pytest.raises((AdapterError, MergeError), match=message):
             merge_to(altered(inputs, changes), tmp_path / "merged")
+    config = inputs.adapter.config.model_copy(update={"bias": "all"})
+    biased = dataclasses.replace(inputs, adapter=dataclasses.replace(inputs.adapter, config=config))
+    with pytest.raises(MergeError, match=r"q_proj\.bias was trained, but"):
+        merge_to(altered(biased, {f"{q_proj}.base_layer.bias": torch.ones(64)}), tmp_path / "merged")
     for dtype in (torch.uint8, torch.float8_e4m3fn, torch.float64):
         with pytest.raises(MergeError, match="cannot be written as"):
             merge_to(inputs, tmp_path / "merged", dtype=dtype)

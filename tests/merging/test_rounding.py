@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from marks import slow_but
-from merge_runs import LLAMA, Run, make_base, merge_to, stored, train
+from merge_runs import LLAMA, Run, altered, make_base, merge_to, stored, train
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model_directory
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from qlora_trainer.adapters import formulas
-from qlora_trainer.adapters.inject import BiasMode, add_adapters, load_adapter_state
+from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from qlora_trainer.adapters.trainable import BiasMode
 from qlora_trainer.common.errors import MergeError
 from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.merging.logits import LogitDifference, WholeLogits, compare_logits
@@ -45,8 +46,8 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Run:
     for name, parameter in run.model.named_parameters():
         if "lora_B" in name:
             parameter.data.mul_(0.02)
-    adapter = {name: tensor * (0.02 if "lora_B" in name else 1.0) for name, tensor in run.inputs.adapter.items()}
-    return dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, adapter=adapter))
+    fainter = {name: tensor * 0.02 for name, tensor in run.inputs.adapter.tensors.items() if "lora_B" in name}
+    return dataclasses.replace(run, inputs=altered(run.inputs, fainter))
 
 
 def logits(run: Run) -> WholeLogits:
@@ -80,17 +81,18 @@ def test_a_right_merge_passes_whatever_rounding_costs(noisy: Run, tmp_path: Path
 
 
 def scale_wrong(inputs: MergeInputs) -> MergeInputs:
-    return dataclasses.replace(inputs, scaling=inputs.scaling * 1.05)
+    config = inputs.adapter.config.model_copy(update={"lora_alpha": 16.0 * 1.05})
+    return dataclasses.replace(inputs, adapter=dataclasses.replace(inputs.adapter, config=config))
 
 
 def one_adapter_missing(inputs: MergeInputs) -> MergeInputs:
-    return dataclasses.replace(inputs, adapter={**inputs.adapter, ADAPTED: torch.zeros_like(inputs.adapter[ADAPTED])})
+    return altered(inputs, {ADAPTED: torch.zeros_like(inputs.adapter.tensors[ADAPTED])})
 
 
 def on_another_layer(inputs: MergeInputs) -> MergeInputs:
     other = ADAPTED.replace("layers.1", "layers.0")
-    swapped = {ADAPTED: inputs.adapter[other], other: inputs.adapter[ADAPTED]}
-    return dataclasses.replace(inputs, adapter={**inputs.adapter, **swapped})
+    tensors = inputs.adapter.tensors
+    return altered(inputs, {ADAPTED: tensors[other], other: tensors[ADAPTED]})
 
 
 @pytest.mark.parametrize("fault", [scale_wrong, one_adapter_missing, on_another_layer])
@@ -123,10 +125,10 @@ def test_the_bound_is_a_share_of_what_rounding_costs_and_more_for_experts() -> N
 
 def streamed(run: Run, bias: BiasMode = "none") -> Any:
     inputs = run.inputs
-    trained = trained_weights(inputs.base, inputs.fingerprint, inputs.fan_in_fan_out)
+    trained = trained_weights(inputs.base, inputs.fingerprint, inputs.is_stored_transposed)
     model = load_streamed_model(inputs.base, torch.device("cpu"), trained)
     add_adapters(model, AdapterConfig(rank=8, alpha=16.0, bias=bias))
-    load_adapter_state(model, dict(inputs.adapter))
+    load_adapter_state(model, inputs.adapter.tensors)
     return model.eval()
 
 

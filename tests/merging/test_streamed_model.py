@@ -26,7 +26,8 @@ from transformers import (
     MambaConfig,
 )
 
-from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, trainable_parameters
+from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state
+from qlora_trainer.adapters.trainable import trainable_parameters
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, InsufficientMemoryError, ModelError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig

@@ -67,7 +67,7 @@ def test_one_wrong_tensor_in_sound_files_fails_the_verification(tmp_path: Path, 
 
     def lose_an_adapter(tensors: dict[str, Tensor]) -> None:
         lora_A, lora_B = (
-            llama.inputs.adapter[f"base_model.model.{LAST.removesuffix('.weight')}.lora_{factor}.weight"]
+            llama.inputs.adapter.tensors[f"base_model.model.{LAST.removesuffix('.weight')}.lora_{factor}.weight"]
             for factor in "AB"
         )
         tensors[LAST] -= (2.0 * (lora_B @ lora_A)).half()

@@ -24,7 +24,8 @@ from transformers import (
     Phi3Config,
 )
 
-from qlora_trainer.adapters.inject import add_adapters, trainable_parameters
+from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.adapters.trainable import trainable_parameters
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import AdapterConfig, RunConfig
 from qlora_trainer.data.batching.packing import make_packs

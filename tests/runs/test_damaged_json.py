@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from qlora_trainer.adapters.peft_config import read_config
+from qlora_trainer.adapters.peft_format import read_config
 from qlora_trainer.common.errors import AdapterError, CheckpointError, ModelError, QLoRATrainerError
 from qlora_trainer.runs.checkpoint import load_checkpoint
 from qlora_trainer.runs.directory import read_base_record, read_samples

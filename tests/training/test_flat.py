@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.training.flat import ALIGNMENT, FlatGroup, clip_, flatten_parameters, grad_norm
+from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.config.schema import AdapterConfig, OptimizerConfig
+from qlora_trainer.training.flat import ALIGNMENT, FlatGroup, clip_, flatten_parameters, grad_norm, group_trainable
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
@@ -139,3 +141,32 @@ def test_one_bad_gradient_makes_the_norm_non_finite() -> None:
         group = flatten(named)
         named["b.bias"].grad.fill_(bad)  # type: ignore[union-attr]
         assert not torch.isfinite(grad_norm([group]))
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 5))
+
+
+def test_what_trains_is_grouped_by_decay_and_rate() -> None:
+    model = two_layers()
+    add_adapters(model, AdapterConfig(rank=2, bias="all"))
+    groups = group_trainable(model, OptimizerConfig(weight_decay=0.1), workers=2)
+    assert [(group.name, group.weight_decay, group.rate_factor) for group in groups] == [
+        ("lora", 0.1, 1.0),
+        ("bias", 0.0, 1.0),
+    ]
+    assert [len(group.grads) for group in groups] == [2, 1], "autograd adds up what biases get"
+    prefix = "base_model.model."
+    assert list(groups[1].parameters) == [f"{prefix}{p}" for p in ("0.base_layer.bias", "1.bias", "2.base_layer.bias")]
+
+
+def test_lora_plus_gives_lora_b_a_rate_of_its_own() -> None:
+    model = two_layers()
+    add_adapters(model, AdapterConfig(rank=2, dtype="bfloat16", bias="lora_only"))
+    groups = group_trainable(model, OptimizerConfig(lora_plus_ratio=16.0, weight_decay=0.1))
+    assert {group.name: (group.rate_factor, group.weight_decay, group.data.dtype) for group in groups} == {
+        "lora_A": (1.0, 0.1, torch.bfloat16),
+        "lora_B": (16.0, 0.1, torch.bfloat16),
+        "bias": (1.0, 0.0, torch.float32),
+    }
+    assert all(name.endswith(f"{group.name}.weight") for group in groups[:2] for name in group.parameters)

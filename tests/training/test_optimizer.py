@@ -71,6 +71,28 @@ def test_flat_groups_train_like_separate_parameters(name: str, tolerance: float)
         torch.testing.assert_close(named[key], parameter, rtol=tolerance, atol=tolerance)
 
 
+def test_a_groups_rate_is_its_factor_times_the_steps() -> None:
+    """As LoRA+ has it for lora_B: against torch's AdamW with two rates."""
+    ours, plain = parameters(), parameters()
+    names = list(ours)
+    groups = [
+        flatten_parameters([(name, ours[name])], name=name, weight_decay=0.1, rate_factor=factor)
+        for name, factor in zip(names, (1.0, 16.0, 1.0), strict=True)
+    ]
+    rates = dict(zip(names, (1e-3, 16e-3, 1e-3), strict=True))
+    reference = torch.optim.AdamW([{"params": [plain[name]], "lr": rates[name]} for name in names], weight_decay=0.1)
+    optimizer = build_optimizer(config(name="adamw"), groups)
+    for step in range(3):
+        for name in names:
+            gradient = torch.randn(plain[name].shape, generator=torch.Generator().manual_seed(step))
+            plain[name].grad = gradient.clone()
+            ours[name].grad.copy_(gradient)  # type: ignore[union-attr]
+        reference.step()
+        optimizer.step(1e-3)
+    for name in names:
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-6, atol=1e-7)
+
+
 def test_8bit_state_trains_close_to_32bit_state() -> None:
     start, wide, narrow = parameters(), parameters(), parameters()
     take_steps(build_optimizer(config(name="paged_adamw_32bit"), groups_of(wide)), 0, 5)

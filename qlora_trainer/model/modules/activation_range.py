@@ -87,7 +87,7 @@ def watched_activations(model: nn.Module) -> Iterator[ActivationRange]:
     """
     seen = ActivationRange()
     hooks = []
-    below_adapters = {id(module.base) for module in model.modules() if hasattr(module, "lora_A")}
+    below_adapters = {id(module.base) for module in model.modules() if hasattr(module, "own_parameters")}
     for path, module in model.named_modules():
         if id(module) in below_adapters:
             continue  # what it gives without its adapter is in no merged model

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.adapters.targets import find_targets
+from qlora_trainer.adapters.kinds.table import adapter_kind
+from qlora_trainer.adapters.targets import adapted_paths
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
@@ -68,7 +69,7 @@ def count_shape(directory: ModelDirectory, config: RunConfig, dtype: torch.dtype
     model = build_skeleton(directory, layers=period)
     text = model.config.get_text_config()
     experts = {path: module for path, module in model.named_modules() if isinstance(module, SplitExperts)}
-    adapted = set(find_targets(model, config.adapter.target_modules))
+    adapted = set(adapted_paths(model, config.adapter))
     stored = tiled = adapters = 0
     active = between = 0.0
     for path, layer in linear_layers(model).items():
@@ -81,7 +82,7 @@ def count_shape(directory: ModelDirectory, config: RunConfig, dtype: torch.dtype
         tiled += inputs * outputs * (of_expert is None and getattr(text, "intermediate_size", 0) in (inputs, outputs))
         between += share * (inputs + outputs)
         if path in adapted:
-            adapters += config.adapter.rank * (inputs + outputs)
+            adapters += adapter_kind(config.adapter).layer_numbers(config.adapter, path, inputs, outputs)
             between += inputs + 3 * outputs  # read for A; what B gives is read, and added to the output
     sizes = head_sizes(text)
     width = sizes[0] * sizes[2] if sizes else text.hidden_size

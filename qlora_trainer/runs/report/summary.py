@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kernels.card import Card
+from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.common.process_memory import peak_private_bytes
 from qlora_trainer.common.units import counted, dtype_name, gib, gibibytes
 from qlora_trainer.data.preparation.overview import bin_labels, eval_facts, make_overview, source_facts, train_facts
@@ -47,7 +48,8 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ("compute", f"{dtype_name(run.base.compute_dtype)} on {run.base.device}"),
         (
             "adapters",
-            f"rank {settings.rank} on {counted(len(run.adapted), 'layer')}, {trainable:,} numbers in {settings.dtype}",
+            f"{adapter_kind(settings).in_words(settings)} on {counted(len(run.adapted), 'layer')}, "
+            f"{trainable:,} numbers in {settings.dtype}",
         ),
         ("attention", attention_taken(run.base.model, card, run.base.compute_dtype, run.state.loader.packing)),
         ("kernels", kernels_in_words(run.base.device.type)),

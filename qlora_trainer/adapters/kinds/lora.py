@@ -1,0 +1,129 @@
+"""Add a product of two thin matrices to a layer's output: LoRA (Hu et al. 2021, arXiv:2106.09685)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qlora_trainer.adapters.formulas import lora_scaling
+from qlora_trainer.adapters.fused_parts import trained_rows
+from qlora_trainer.adapters.kinds.kind import AdapterKind
+from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig, stored_ranks
+from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.patterns import check_patterns, layer_alpha, layer_rank
+from qlora_trainer.adapters.targets import adapted_paths, target_names
+from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
+from qlora_trainer.config.schema import AdapterConfig
+
+
+class LoraKind(AdapterKind):
+    """Put LoRALinear in the place of linear layers."""
+
+    name: ClassVar[str] = "lora"
+    layer: ClassVar[type[LoRALinear]] = LoRALinear
+
+    def add(self, model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
+        """Wrap the targets, with lora_A drawn in fp32 on the CPU, so that it is the same on every device.
+
+        Targets that match nothing, and parts that cannot be adapted alone, are refused by an AdapterError.
+
+        Args:
+            model: any, of transformers or not.
+            settings: the config's section `adapter`.
+            seed: of lora_A.
+
+        Returns:
+            The paths of the adapted layers.
+        """
+        paths = adapted_paths(model, settings)
+        check_patterns(settings, paths)
+        parts = trained_rows(model, paths, settings.fused_parts)
+        generator = torch.Generator().manual_seed(seed)
+        dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+        for path in paths:
+            layer = self.layer.from_base(
+                model.get_submodule(path),
+                rank=layer_rank(settings, path),
+                alpha=layer_alpha(settings, path),
+                dropout=settings.dropout,
+                use_rslora=settings.use_rslora,
+                generator=generator,
+                parts=parts.get(path, ()),
+            )
+            for part in (layer.lora_A, layer.lora_B):
+                part.weight = nn.Parameter(part.weight.detach().to(dtype))
+            model.set_submodule(path, layer)
+        mark_only_lora_as_trainable(model, settings.bias)
+        return paths
+
+    def file_config(
+        self,
+        settings: AdapterConfig,
+        model: nn.Module,
+        tensors: Mapping[str, Tensor],
+        paths: Sequence[str],
+        named: Mapping[str, Any],
+    ) -> LoraFileConfig:
+        """Describe an adapter as its file does.
+
+        The scaling is written as alpha / rank, for rsLoRA too: some programs do not read use_rslora.
+
+        Args:
+            settings: the config's section `adapter`.
+            model: with its adapters.
+            tensors: of the adapter, by PEFT's names.
+            paths: of the adapted layers.
+            named: the keys of the base, such as base_model_name_or_path.
+
+        Returns:
+            The file's config.
+        """
+        ranks = stored_ranks(tensors)
+        rank = settings.rank if len(set(ranks.values())) > 1 else max(ranks.values())
+        alphas = {
+            path: lora_scaling(layer_rank(settings, path), layer_alpha(settings, path), settings.use_rslora) * found
+            for path, found in ranks.items()
+        }
+        alpha = lora_scaling(settings.rank, settings.alpha, settings.use_rslora) * rank
+        return LoraFileConfig(
+            r=rank,
+            lora_alpha=alpha,
+            rank_pattern={path: found for path, found in ranks.items() if found != rank},
+            alpha_pattern={path: found for path, found in alphas.items() if not math.isclose(found, alpha)},
+            lora_dropout=settings.dropout,
+            target_modules=target_names(model, paths),
+            bias=settings.bias,
+            fan_in_fan_out=getattr(model.get_submodule(paths[0]).base, "fan_in_fan_out", False),
+            **named,
+        )
+
+    def layer_numbers(self, settings: AdapterConfig, path: str, inputs: int, outputs: int) -> int:
+        """Count R (I + O).
+
+        Args:
+            settings: the config's section `adapter`.
+            path: of the layer.
+            inputs: I, features.
+            outputs: O, features.
+
+        Returns:
+            The count.
+        """
+        return layer_rank(settings, path) * (inputs + outputs)
+
+    def in_words(self, settings: AdapterConfig) -> str:
+        """Describe the rank.
+
+        Args:
+            settings: the config's section `adapter`.
+
+        Returns:
+            A phrase.
+        """
+        others = sorted(set(settings.rank_pattern.values()) - {settings.rank})
+        return f"rank {settings.rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
+
+
+LORA_KIND = LoraKind()
