@@ -87,7 +87,7 @@ def test_the_kernel_is_not_called_where_torch_would_not() -> None:
 
 @pytest.mark.parametrize("bounds", DOCUMENTS, ids=len)
 def test_the_output_is_kept_once_for_attention_and_the_layer_after_it(bounds: list[int]) -> None:
-    inputs, kept = three(heads(bounds[-1])), []
+    inputs, kept = three(heads(bounds[-1])), list[Tensor]()
     weight = normal(96, 96, seed=5).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(noting(unchanged, kept.append), unchanged):
         F.linear(varlen_attention(*inputs, bounds, scale=SCALE).flatten(2), weight)
