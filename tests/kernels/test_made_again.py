@@ -10,6 +10,7 @@ from random_tensors import normal
 from spying import Operations, noting, unchanged
 from torch import Tensor
 
+from qlora_kernels.adapter import OutputScale
 from qlora_kernels.lora_linear import nf4_linears
 from qlora_kernels.made_again import making_of
 from qlora_kernels.rms_norm import Form, rms_norm
@@ -48,6 +49,25 @@ def test_gradients_are_those_of_a_kept_output_to_the_last_bit(form: Form, dropou
     found = outputs_and_gradients(lambda x, p: nf4_linears(normalized(x, form), p), x, projections)
     kept = outputs_and_gradients(lambda x, p: nf4_linears(normalized(x, form).view(x.shape), p), x, projections)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, kept, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["output kept", "output made again", "input"])
+def test_so_are_those_of_trained_scales(kind: str) -> None:
+    (projection, *_) = layers(biased="")
+    sizes = projection.weight.shape[0], I
+    outputs, inputs = (normal(size, seed=60, dtype=torch.float64).requires_grad_() for size in sizes)
+    scaled = (
+        projection._replace(input_scale=inputs)
+        if kind == "input"
+        else projection._replace(output_scale=OutputScale(outputs, keeps_output=kind == "output kept"))
+    )
+    x = normal(2, 3, I, dtype=torch.float64).requires_grad_()
+    trained = [x, inputs if kind == "input" else outputs, *parameters_of([projection])]
+    found = []
+    for normalize in (normalized, with_its_output_kept):
+        (output,) = nf4_linears(normalize(x), [scaled])
+        found.append(torch.autograd.grad(output.square().sum(), trained))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_the_norm_and_the_layers_keep_one_tensor() -> None:
