@@ -27,15 +27,8 @@ from qlora_kernels.lora_linear import add_lora, nf4_linears
 from qlora_kernels.side_by_side import worker_number
 from qlora_trainer.adapters.folds import LoraFold
 from qlora_trainer.adapters.formulas import lora_scaling, with_zero_blocks, without_zero_blocks
-from qlora_trainer.adapters.trainable import AdaptedLinear
+from qlora_trainer.adapters.trainable import AdaptedLinear, Switch
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
-
-
-class Switch:
-    """Say to many layers at once whether what was prepared for them is to be taken."""
-
-    is_on = False
-    serial = 0  # of the block in which it is on
 
 
 class LoRALinear(AdaptedLinear):
@@ -125,6 +118,11 @@ class LoRALinear(AdaptedLinear):
             return nf4_linears(x, (self.projection(),))[0]
         dropped = F.dropout(x, self.dropout, self.training)
         return add_lora(base(x), dropped, self.lora_A.weight, self.whole_B(self.lora_B.weight), self.scaling)
+
+    @property
+    def runs_at_once(self) -> bool:  # type: ignore[override]
+        """Return True where the adapter's gradients are added by the kernels, for each thread apart."""
+        return not self.parts
 
     @property
     def may_join(self) -> bool:  # type: ignore[override]

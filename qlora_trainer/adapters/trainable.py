@@ -4,18 +4,26 @@ Left out: what adapters compute (layers.py), and copying their values (inject.py
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kernels.adapter import Projection
+from qlora_kernels.side_by_side import worker_number
 from qlora_trainer.adapters.file_config import PEFT_PREFIX
 from qlora_trainer.adapters.folds import Fold
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
 BiasMode = Literal["none", "lora_only", "all"]
+
+
+class Switch:
+    """Say to many layers at once whether what was prepared for them is to be taken."""
+
+    is_on = False
+    serial = 0  # of the block in which it is on
 
 
 class AdapterModule(nn.Module):
@@ -26,6 +34,21 @@ class AdapterModule(nn.Module):
     """
 
     base: nn.Module
+    runs_at_once = False  # several threads may be in it, as it takes what trains from `own`
+    # By worker, parameters that share the values and have gradients of their own, to be taken while the switch is on:
+    stand_ins: tuple[Switch, Sequence[Mapping[str, nn.Parameter]]] = (Switch(), ())
+
+    def own(self, name: str) -> nn.Parameter:
+        """Return a parameter as this thread is to take it.
+
+        Args:
+            name: inside the module.
+
+        Returns:
+            The parameter, or what stands in for it.
+        """
+        switch, by_worker = self.stand_ins
+        return by_worker[worker_number()][name] if switch.is_on else self.get_parameter(name)
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what trains next to the base.

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_trainer.adapters.inject import lora_layers
-from qlora_trainer.adapters.trainable import trainable_parameters
+from qlora_trainer.adapters.trainable import adapter_modules, trainable_parameters
 from qlora_trainer.common.errors import ConfigError, TrainingError
 from qlora_trainer.config.schema import TrainingConfig
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
@@ -123,8 +122,8 @@ def repeats_side_by_side(model: Any) -> bool:
     """Return True if several threads may train a model at once, and compute the same again.
 
     They do not where the model draws random numbers, which go to whichever thread comes first (adapters draw from a
-    generator of each thread); where a module keeps what depends on a row's length; or where autograd, and no function
-    of ours, adds up gradients.
+    generator of each thread); where a module keeps what depends on a row's length; or where autograd
+    adds up gradients of a parameter that has no stand-in for each thread.
 
     Args:
         model: of transformers, with its adapters.
@@ -136,8 +135,11 @@ def repeats_side_by_side(model: Any) -> bool:
     settings = config.to_dict().items()
     draws = any(_RANDOM.match(name) and isinstance(value, int | float) and value > 0 for name, value in settings)
     draws |= any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    layers = lora_layers(model).values()
-    ours = [layer for layer in layers if isinstance(layer.base, NF4Linear) and not layer.parts]
-    added_by_us = {id(p) for layer in ours for p in (layer.lora_A.weight, layer.lora_B.weight)}
+    ours = [
+        module
+        for module in adapter_modules(model).values()
+        if isinstance(module.base, NF4Linear) and module.runs_at_once
+    ]
+    added_by_us = {id(p) for module in ours for _, p in module.own_parameters()}
     all_by_us = all(id(p) in added_by_us for _, p in trainable_parameters(model))
     return all_by_us and not draws and longest_with_own_positions(config) is None

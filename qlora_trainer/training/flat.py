@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from qlora_kernels.adapter import Adapter, StackedA
 from qlora_trainer.adapters.inject import lora_layers
 from qlora_trainer.adapters.joint import with_stacks_together
-from qlora_trainer.adapters.layers import LoRALinear, Switch
-from qlora_trainer.adapters.trainable import adapter_modules, trainable_parameters
+from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.trainable import AdapterModule, Switch, adapter_modules, trainable_parameters
 from qlora_trainer.config.schema import OptimizerConfig
 
 ALIGNMENT = 16  # bytes
@@ -151,7 +151,7 @@ def group_trainable(model: nn.Module, settings: OptimizerConfig, workers: int = 
     Args:
         model: with its adapters.
         settings: the config's section `optimizer`.
-        workers: threads that add gradients of LoRA's factors at once.
+        workers: threads that add gradients at once.
 
     Returns:
         The groups, in an order that depends on the model and settings alone.
@@ -179,7 +179,7 @@ def group_trainable(model: nn.Module, settings: OptimizerConfig, workers: int = 
             named,
             name=group,
             weight_decay=0.0 if group == "bias" else settings.weight_decay,
-            workers=workers if id(named[0][1]) in factors else 1,
+            workers=workers,
             rate_factor=ratio,
         )
         for (group, _, ratio), named in members.items()
@@ -226,10 +226,17 @@ class PreparedAdapters:
         adapted: the model's layers with adapters.
         groups: that hold them.
         dtype: of computation.
+        modules: all with adapters; what trains in them but LoRA's factors gets its gradients from autograd.
     """
 
-    def __init__(self, adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup], dtype: torch.dtype) -> None:
-        self.adapted, self.groups = adapted, groups
+    def __init__(
+        self,
+        adapted: Sequence[LoRALinear],
+        groups: Sequence[FlatGroup],
+        dtype: torch.dtype,
+        modules: Iterable[AdapterModule] = (),
+    ) -> None:
+        self.adapted, self.groups, self.modules = adapted, groups, list(modules)
         self.switch = Switch()
         self._casts: list[tuple[Tensor, Tensor]] = []  # (N,) of a group, as trained and as computed with
         self._make(dtype)
@@ -271,6 +278,11 @@ class PreparedAdapters:
             for name, p in group.parameters.items():
                 casts[id(p)] = flat.as_strided(p.shape, p.stride(), group.slices[name].start)
         grads = _grads_of_workers(self.groups)
+        factors = {id(p) for layer in self.adapted for p in (layer.lora_A.weight, layer.lora_B.weight)}
+        for module in self.modules:
+            others = {name: p for name, p in module.own_parameters() if id(p) not in factors}
+            if others:
+                module.stand_ins = self.switch, _stand_ins(others, grads)
         stacks: dict[int, list[StackedA]] = {}
         for layer in self.adapted:
             A, B = layer.lora_A.weight, layer.lora_B.weight
@@ -283,6 +295,19 @@ class PreparedAdapters:
                 for grad_A, grad_B, one in zip(grads[id(A)], grads[id(B)], stacked, strict=True)
             ]
             layer.prepared = self.switch, by_worker
+
+
+def _stand_ins(
+    own: Mapping[str, nn.Parameter], grads: Mapping[int, Sequence[Tensor]]
+) -> list[Mapping[str, nn.Parameter]]:
+    """Return a module's parameters for each worker: its own for the first, ones of the same values for the others."""
+    found = [own]
+    for of_worker in list(zip(*(grads[id(p)] for p in own.values()), strict=True))[1:]:
+        others = {name: nn.Parameter(p.data) for name, p in own.items()}
+        for other, grad in zip(others.values(), of_worker, strict=True):
+            other.grad = grad
+        found.append(others)
+    return found
 
 
 def _grads_of_workers(groups: Sequence[FlatGroup]) -> dict[int, list[Tensor]]:

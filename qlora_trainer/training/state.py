@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora_trainer.adapters.inject import lora_layers
 from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.trainable import adapter_modules
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture
@@ -175,7 +176,7 @@ def build_state(
         model=model,
         adapted=adapted,
         groups=groups,
-        prepared=PreparedAdapters(adapted, groups, model.config.dtype),
+        prepared=PreparedAdapters(adapted, groups, model.config.dtype, adapter_modules(model).values()),
         optimizer=build_optimizer(config.optimizer, groups),
         grad_scale=GradScale(enabled=compute_dtype == torch.float16),
         loader=loader,

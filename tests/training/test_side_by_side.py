@@ -9,7 +9,7 @@ import pytest
 import torch
 from marks import slow_but
 from scarcity import Scarcity, differences, everything, same_end, started
-from tiny_runs import quiet
+from tiny_runs import final_adapter, quiet
 from torch import Tensor
 
 from qlora_kernels.side_by_side import worker_number
@@ -73,6 +73,32 @@ def test_parts_that_run_at_once_give_the_gradient_of_the_whole(
     # Sums in fp32 in another order; a part that is lost, or counted twice, is half of it.
     assert 0 < (found[1] - found[2]).norm() < 1e-5 * found[1].norm()
     assert losses[2] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3"])
+def test_parts_give_every_parameter_of_every_kind_the_gradient_of_the_whole(config: Config, kind: str) -> None:
+    found = {}
+    for workers in (1, 2):
+        run = started(config(f"run-{workers}", adapter={"kind": kind}, training={"cpu_workers": workers}))
+        assert run.state.workers == workers
+        accumulate_gradients(run.state, run.state.loader.peek())
+        found[workers] = [group.grad.clone() for group in run.state.groups]
+        assert all(grad.any() for group in run.state.groups for grad in group.other_grads), "each thread has its own"
+    for one, two in zip(found[1], found[2], strict=True):
+        assert 0 < (one - two).norm() < 1e-5 * one.norm()
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3"])
+def test_parts_of_every_kind_resume_bit_for_bit(config: Config, kind: str, tmp_path: Path) -> None:
+    whole = start_run(config("whole", adapter={"kind": kind}))
+    assert whole.train(quiet)
+    parts = start_run(config("parts", adapter={"kind": kind}))
+    parts.train(quiet, stop_after=2)
+    resumed = resume_run(parts.directory)
+    assert resumed.state.workers == 2
+    assert resumed.train(quiet)
+    first, second = final_adapter(whole.directory), final_adapter(resumed.directory)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ class DoRALinear(LoRALinear):
 
     def _factors(self) -> Tensor:  # (O,) fp32
         """Return what the output is multiplied by; the norms of a step are computed once."""
-        return dora_factors(self.lora_magnitude_vector, self._norms_now())
+        return dora_factors(self.own("lora_magnitude_vector"), self._norms_now())
 
     def _norms_now(self) -> Tensor:
         if self._held is not None:

@@ -32,6 +32,8 @@ class IA3Linear(AdaptedLinear):
         of_input: scale the input.
     """
 
+    runs_at_once = True
+
     def __init__(self, base: nn.Module, *, of_input: bool) -> None:
         super().__init__()
         inputs, outputs, device = linear_facts(base)
@@ -57,9 +59,10 @@ class IA3Linear(AdaptedLinear):
         """
         if isinstance(self.base, NF4Linear):
             return nf4_linears(x, (self.projection(),))[0]
+        scales = self.own("ia3_l")
         if self.of_input:
-            return self.base((x * self.ia3_l).to(x.dtype))
-        return (self.base(x) * self.ia3_l).to(x.dtype)
+            return self.base((x * scales).to(x.dtype))
+        return (self.base(x) * scales).to(x.dtype)
 
     def projection(self) -> Projection:
         """Return the layer as the kernels take it, for one call; its base is an NF4Linear.
@@ -69,10 +72,11 @@ class IA3Linear(AdaptedLinear):
         """
         base = self.base
         assert isinstance(base, NF4Linear), "the kernels take 4-bit layers"
+        scales = self.own("ia3_l")
         if self.of_input:
-            return Projection(base.nf4_weight, base.bias, input_scale=self.ia3_l)
-        bias = None if base.bias is None else base.bias * self.ia3_l
-        scale = OutputScale(self.ia3_l, keeps_output=not saves_tensors())
+            return Projection(base.nf4_weight, base.bias, input_scale=scales)
+        bias = None if base.bias is None else base.bias * scales
+        scale = OutputScale(scales, keeps_output=not saves_tensors())
         return Projection(base.nf4_weight, bias, output_scale=scale)
 
     def decays(self, name: str) -> bool:

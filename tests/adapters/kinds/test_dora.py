@@ -18,6 +18,7 @@ from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.adapters.trainable import trainable_parameters
 from qlora_trainer.common.errors import AdapterError
+from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import AdapterConfig, RunConfig
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
@@ -28,6 +29,7 @@ from qlora_trainer.training.step import accumulate_gradients
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
+ROOT = Path(__file__).parents[3]
 DORA: dict[str, Any] = {"kind": "dora", "rank": 4, "alpha": 8}
 
 
@@ -210,3 +212,22 @@ def test_a_file_without_its_magnitudes_is_refused_and_so_are_magnitudes_without_
         config.check_tensors({**tensors, name: torch.ones(5)}, "it")
     with pytest.raises(AdapterError, match="no part of such an adapter"):
         config.model_copy(update={"use_dora": False}).check_tensors(tensors, "it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "most"), [("full", 1.1), ("none", 1.15)])
+def test_dora_is_planned_with_hardly_more_memory_than_lora(policy: str, most: float) -> None:
+    """Four layers of Llama-3.1-8B's shape, 2,048 tokens, on a card."""
+    directory = ModelDirectory.open(ROOT / "benchmarks" / "models" / "llama-3.1-8b")
+    totals = {}
+    for kind in ("lora", "dora"):
+        config = make_config(
+            {
+                "model": {"name": str(directory.path), "compute_dtype": "bfloat16"},
+                "adapter": {"kind": kind, "rank": 16},
+                "data": {"train": "rows.jsonl", "max_length": 2048},
+                "training": {"activation_checkpointing": policy, "micro_batch_tokens": 2048},
+            }
+        )
+        totals[kind] = plan_memory(directory, config, layers=4).total
+    assert totals["lora"] < totals["dora"] < most * totals["lora"]
