@@ -2,10 +2,11 @@
 
 Packing puts many rows into one sequence without padding. A mask that keeps them apart would cost tokens x tokens; here
 each document is attended to by itself, so the cost is the sum of the squares of the lengths, and nothing can leak from
-one document into another. On CUDA in 16-bit, torch's variable-length flash attention does the same in one call. Where
-no fused attention can do it without a matrix of scores or a mask (a window, a soft cap, dropout on a CPU), it goes by
-blocks of queries (blockwise_attention.py), so a long document costs no square in memory either. Left out: attention
-that is not causal, and key/value caches (generation goes through transformers' own attention).
+one document into another. On CUDA in 16-bit, torch's variable-length flash attention does the same in one call; on a
+CPU its fused attention takes each document, and the output is kept once (cpu_attention.py). Where no fused attention
+can do it without a matrix of scores or a mask (a window, a soft cap, dropout on a CPU), it goes by blocks of queries
+(blockwise_attention.py), so a long document costs no square in memory either. Left out: attention that is not causal,
+and key/value caches (generation goes through transformers' own attention).
 
 Legend: Hq query heads, Hkv key heads, T tokens of all documents, L of one, D head size, N documents.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from qlora_kernels.blockwise_attention import blockwise_attention
 from qlora_kernels.card import card_of
+from qlora_kernels.cpu_attention import attend_to_documents, takes_documents
 from qlora_kernels.flash_attention import flash_attention
 from qlora_kernels.torch_features import has_flash_attention, varlen_attention_arguments
 from qlora_kernels.torch_internals import efficient_attention
@@ -64,6 +66,9 @@ def varlen_attention(
     assert covers, "cu_seqlens must rise from 0 to the number of tokens"
     card = card_of(query)
     is_plain = softcap is None and dropout == 0.0
+    sees_all = window is None or max(lengths) <= window
+    if card is None and is_plain and sees_all and takes_documents(query, key, value):
+        return attend_to_documents(query, key, value, lengths, scale)
     takes_flash = card is not None and is_plain and card.flash_refusal(query.dtype, query.shape[3]) is None
     processors = card.processors_summed_over(query.dtype) if card else 0
     if takes_flash and bounds_on_device is None:
