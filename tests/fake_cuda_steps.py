@@ -30,11 +30,17 @@ ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from qlora_kernels.torch_internals import FakeTensorMode, TorchDispatchMode, leaves  # noqa: E402
+from qlora_kernels.torch_internals import (  # noqa: E402
+    FakeTensorMode,
+    TorchDispatchMode,
+    leaves,
+    storage_address,
+)
 from qlora_trainer.adapters.inject import add_adapters  # noqa: E402
 from qlora_trainer.config.load import make_config  # noqa: E402
 from qlora_trainer.data.batching.packing import make_packs  # noqa: E402
 from qlora_trainer.data.types import Example  # noqa: E402
+from qlora_trainer.model.modules.cpu_embedding import keep_embeddings_on_cpu  # noqa: E402
 from qlora_trainer.planning.empty_run import as_fake  # noqa: E402
 from qlora_trainer.planning.fake_tensors import FakeRun  # noqa: E402
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noqa: E402
@@ -43,6 +49,16 @@ from qlora_trainer.training.state import build_state  # noqa: E402
 from qlora_trainer.training.step import train_step  # noqa: E402
 from qlora_trainer.weights.model_directory import ModelDirectory  # noqa: E402
 from qlora_trainer.weights.nf4 import load_bitsandbytes  # noqa: E402
+
+PINNED: dict[int, torch.Tensor] = {}  # by the address of its memory, which no other gets while it is here
+SYNCHRONIZED: list[str] = []  # calls that wait until the device is idle
+
+
+def pin(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to pinned memory."""
+    pinned = tensor.clone()
+    PINNED[storage_address(pinned.untyped_storage())] = pinned
+    return pinned
 
 
 class Stream:
@@ -81,14 +97,14 @@ def answer_for_cuda() -> None:
         "is_current_stream_capturing": False,
         "mem_get_info": (24 << 30, 24 << 30),
         "is_bf16_supported": True,
-        "synchronize": None,
         "init": None,
         "_lazy_init": None,
         "current_stream": Stream(),
     }
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *arguments, value=value, **named: value)
-    torch.Tensor.pin_memory = lambda self, *arguments: self  # type: ignore[method-assign]
+    torch.cuda.synchronize = lambda *arguments: SYNCHRONIZED.append("synchronize")
+    torch.Tensor.pin_memory = lambda self, *arguments: pin(self)  # type: ignore[method-assign]
     torch.cuda.Stream = Stream  # type: ignore[misc, assignment]
     torch.cuda.device = lambda index: nullcontext()  # type: ignore[assignment, misc, return-value]
     torch.cuda.stream = lambda stream: stream  # type: ignore[assignment, return-value]
@@ -99,7 +115,10 @@ def answer_for_cuda() -> None:
 
 
 class Seen(TorchDispatchMode):
-    """Which operations are given or make a tensor on cuda, and for which of them the host waits."""
+    """Which operations are given or make a tensor on cuda, and for which of them the host waits.
+
+    It waits to read from the device, and to copy to it from memory that is not pinned, as the driver does that itself.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,15 +129,22 @@ class Seen(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        found = leaves((args, kwargs, out))
-        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda" for leaf in found):
+        given, made = (
+            [leaf for leaf in leaves(nest) if isinstance(leaf, torch.Tensor)] for nest in ((args, kwargs), out)
+        )
+        if func.name() == "qlora_kernels::copy_to_host":  # to pinned memory, by a stream that is waited for
+            PINNED[storage_address(out.untyped_storage())] = out
             self.names.add(func.name())
-            given_on_cuda = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in leaves((args, kwargs)))
-            made_elsewhere = any(isinstance(leaf, torch.Tensor) and not leaf.is_cuda for leaf in leaves(out))
+        elif any(tensor.is_cuda for tensor in (*given, *made)):
+            self.names.add(func.name())
             reads = func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "qlora_kernels::label_rows")
-            copies = func.name() != "qlora_kernels::copy_to_host" and made_elsewhere
-            if given_on_cuda and (reads or copies):
-                self.waits.append(func.name())
+            to_host = not all(tensor.is_cuda for tensor in made)
+            if any(tensor.is_cuda for tensor in given) and (reads or to_host):
+                self.waits.append(f"read by {func.name()}")
+            if func.name() in ("aten::_to_copy", "aten::copy_") and made[0].is_cuda and not given[-1].is_cuda:
+                is_pinned = storage_address(given[-1].untyped_storage()) in PINNED
+                if not (is_pinned and (True in args[2:] or (kwargs or {}).get("non_blocking"))):
+                    self.waits.append(f"copied from the host by {func.name()}")
         return out
 
 
@@ -136,24 +162,28 @@ def to_cuda(model: nn.Module) -> None:
                 tensors[name] = made[id(old)]
 
 
-def operations_of(fake: FakeRun, dtype: torch.dtype, optimizer: str, **changes: Any) -> dict[str, list[str]]:
-    """Those of two steps, and of a step of generation; and those of the two steps that the host waits for."""
+def operations_of(
+    fake: FakeRun, dtype: torch.dtype, optimizer: str, level: str, embeddings: str = "device"
+) -> dict[str, list[str]]:
+    """Those of two steps, and of a step of generation; and what the host waits for in the two steps."""
     config = make_config(
         {
             "model": {"name": str(MODEL)},
             "adapter": {"rank": 8, "dropout": 0.1},
             "optimizer": {"name": optimizer},
             "data": {"train": "rows.jsonl", "max_length": 128},
-            "training": {"global_batch_size": 2, **changes},
+            "training": {"global_batch_size": 2, "activation_checkpointing": level},
         }
     )
     model = build_skeleton(ModelDirectory.open(MODEL))
     seen = Seen()
     with fake:
         fill_skeleton(model, config.model, dtype)
+        device = torch.device("cuda", 0)
+        if embeddings == "cpu":
+            keep_embeddings_on_cpu(model, device, dtype)
         to_cuda(model)
         add_adapters(model, config.adapter, config.training.seed)
-        device = torch.device("cuda", 0)
         state = build_state(
             model, config, [Example([1], [1])] * 2, dtype, choose_policy(config.training, torch.device("cuda"))
         )
@@ -162,10 +192,11 @@ def operations_of(fake: FakeRun, dtype: torch.dtype, optimizer: str, **changes: 
     state.model.train()
     pack = as_fake(make_packs([Example([1] * size, [1] * size) for size in (70, 58)], 128, packing=True)[0], fake.mode)
     with fake:
+        SYNCHRONIZED.clear()
         with seen:
             for _ in range(2):
                 train_step(state, [pack, pack])
-            waits = list(seen.waits)
+            waits = seen.waits + SYNCHRONIZED
         model.eval()
         with seen, torch.no_grad():
             model(input_ids=torch.ones((1, 1), dtype=torch.int64, device=device), use_cache=False)
@@ -176,17 +207,11 @@ if __name__ == "__main__":
     load_bitsandbytes()  # before torch.cuda answers: it would look for more of CUDA than there is
     answer_for_cuda()
     platform.release = lambda: "5.15-microsoft-standard-WSL2"  # where nothing pages, as that would call the driver
-    settings = {
+    settings: dict[str, tuple[Any, ...]] = {
         "bf16, full": (torch.bfloat16, "paged_adamw_32bit", "full"),
         "bf16, tiled": (torch.bfloat16, "paged_adamw_8bit", "tiled"),
+        "bf16, embeddings on the CPU": (torch.bfloat16, "paged_adamw_32bit", "none", "cpu"),
         "fp32, full": (torch.float32, "adamw", "full"),
     }
-    fake = FakeRun()  # one for all: what is kept from step to step, such as documents' bounds, belongs to it
-    print(
-        json.dumps(
-            {
-                n: operations_of(fake, d, optimizer, activation_checkpointing=a)
-                for n, (d, optimizer, a) in settings.items()
-            }
-        )
-    )
+    fake = FakeRun()  # one for all: what is kept from step to step, such as the code of NF4, belongs to it
+    print(json.dumps({name: operations_of(fake, *setting) for name, setting in settings.items()}))

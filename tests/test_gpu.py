@@ -9,7 +9,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from qlora_trainer.planning.workspaces import cublas_bytes
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.memory.activations import Policy
+from qlora_trainer.training.recovery import take_step
 from qlora_trainer.training.state import with_micro_batch, with_policy
+from qlora_trainer.training.step import accumulate_gradients
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -145,6 +149,53 @@ def test_a_deterministic_run_resumed_on_cuda_is_the_uninterrupted_one(
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     losses = [[r["loss"] for r in read_metrics(run.directory / "metrics.jsonl")] for run in (whole, second)]
     assert losses[0] == losses[1]
+
+
+@contextmanager
+def waits(mode: str) -> Iterator[list[str]]:
+    """List what the host waits for in the block: "error": it must not; "warn": it may."""
+    synchronize, seen = torch.cuda.synchronize, []
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.synchronize = lambda *_: seen.append("synchronize")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield seen
+        seen += [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+    finally:
+        torch.cuda.synchronize = synchronize
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("level", ["none", "full", "offload", "tiled"])
+@pytest.mark.parametrize("model", [{}, {"embeddings": "cpu", "lm_head": "4bit"}], ids=["on the card", "on the CPU"])
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "adamw"])
+def test_a_dense_step_of_packed_rows_waits_for_the_device_once(
+    tiny_config: Config, model: dict[str, str], level: str, optimizer: str
+) -> None:
+    """For loss and norm together. Copies go through pinned memory: embeddings on the CPU, and offloaded inputs too."""
+    training = {"global_batch_size": 8, "micro_batch_tokens": 200, "activation_checkpointing": level}
+    config = tiny_config(
+        model={"device": "cuda", **model},
+        adapter={"rank": 128, "dropout": 0.1},
+        optimizer={"name": optimizer},
+        training={**training, "max_steps": 4},
+    )
+    run = start_run(config)
+    assert run.state.loader.packing
+    run.state.model.train()
+    for _ in range(2):  # kernels are compiled, casts and workspaces made
+        take_step(run.state)
+    packs = run.state.loader.peek()
+    assert len(packs) > 1
+    with waits("error") as seen:
+        accumulate_gradients(run.state, packs)
+    assert seen == []
+    with waits("warn") as seen:
+        take_step(run.state)
+    assert len(seen) == 1, seen
+    run.release()
 
 
 def test_a_plan_says_what_pages(tiny_config: Config, tiny_llama: Path) -> None:

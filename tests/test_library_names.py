@@ -24,6 +24,7 @@ DOCUMENTED = {
 UNDOCUMENTED = {
     *("all_tied_weights_keys", "maybe_clear_saved_tensors", "masking_utils", "cextension", "GlobalPageManager"),
     *("Optimizer8bit", "init_state", "optimizer_update_32bit", "optimizer_update_8bit_blockwise"),
+    *("prefetch_state", "update_step"),
 }
 """Names of the libraries that have no leading underscore and are private all the same."""
 OF_OTHERS = {"_asdict", "_exit", "_fingerprint"}

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kernels.adapter import Adapter, OutputScale, Projection, Shown, Stack, stacks_of
 from qlora_kernels.adapter_gradients import AdapterBackward
+from qlora_kernels.made_again import Making, making_of
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
 from qlora_kernels.nf4_matmul import MOST_FEW, multiply, multiply_few
 from qlora_kernels.products import linear, product
@@ -82,7 +83,7 @@ def nf4_linears(
         Their outputs.
     """
     shown = Shown(projections, is_called_back=x.requires_grad)
-    return _NF4Linears.apply(projections, shown, *visible(x, *shown.tensors))
+    return _NF4Linears.apply(projections, shown, making_of(x), *visible(x, *shown.tensors))
 
 
 def add_lora(
@@ -111,7 +112,7 @@ def add_lora(
 class _NF4Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, projections: Sequence[Projection], shown: Shown, x: Tensor, *parameters: Tensor
+        ctx: Any, projections: Sequence[Projection], shown: Shown, making: Making | None, x: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         tokens, is_trained, kept = as_tokens(x), any(ctx.needs_input_grad), shown.kept
         input_scale = projections[0].input_scale
@@ -119,10 +120,11 @@ class _NF4Linears(torch.autograd.Function):
             tokens = scaled(tokens, input_scale)
         stacks = stacks_of(projections, x.dtype)
         low_ranks = [low_rank_of(tokens, stack) for stack in stacks]
+        input_kept = (making.source if making else x) if shown.needs_input else None
         if is_trained and not kept:
-            keep(ctx, x if shown.needs_input else None, *shown.needed_low_ranks(stacks, low_ranks))
+            keep(ctx, input_kept, *shown.needed_low_ranks(stacks, low_ranks))
         # Not as saved tensors: hooks that offload or recompute those must leave weights and adapters alone.
-        ctx.projections, ctx.shown = projections, shown
+        ctx.projections, ctx.shown, ctx.make = projections, shown, making.make if making else None
         parts: list[Tensor | None] = [None] * len(projections)
         for stack, of_stack in zip(stacks, low_ranks, strict=True):
             for (place, _), part in zip(stack.members, stack.split(of_stack, 1), strict=True):
@@ -135,7 +137,7 @@ class _NF4Linears(torch.autograd.Function):
             outputs.append(output if is_kept else shaped_as(output, x))
         if kept:
             of_scales = [outputs[place] for place in kept]
-            keep(ctx, x if shown.needs_input else None, *shown.needed_low_ranks(stacks, low_ranks), *of_scales)
+            keep(ctx, input_kept, *shown.needed_low_ranks(stacks, low_ranks), *of_scales)
             for place in kept:
                 outputs[place] = shaped_as(with_scale(outputs[place], projections[place]), x)
         return tuple(outputs)
@@ -143,7 +145,7 @@ class _NF4Linears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # (..., O) each
-        projections, shown, needs_x = ctx.projections, ctx.shown, ctx.needs_input_grad[2]
+        projections, shown, needs_x = ctx.projections, ctx.shown, ctx.needs_input_grad[3]
         input_scale, needs_input_grad = projections[0].input_scale, needs_x or shown.trains_input_scale
         x, *low_ranks = fetch(ctx)
         tokens_grads = [as_tokens(grad) for grad in grads]
@@ -153,6 +155,8 @@ class _NF4Linears(torch.autograd.Function):
         adapters = AdapterBackward(tokens_grads, projections, needs_x=needs_input_grad, scales=scales)
         found = {"B": adapters.grads_B(low_ranks)}
         del low_ranks
+        if x is not None and ctx.make:
+            x = ctx.make(x)
         tokens = inputs = None if x is None else as_tokens(x)
         del x
         if inputs is not None and input_scale is not None:
@@ -173,7 +177,7 @@ class _NF4Linears(torch.autograd.Function):
             grad_x = shaped_as(grad_inputs, grads[0]) if needs_x else None
         elif scales is not None:
             scales.remake_all()
-        return None, None, grad_x, *shown.gradients(tokens_grads, found)
+        return None, None, None, grad_x, *shown.gradients(tokens_grads, found)
 
 
 def as_tokens(x: Tensor) -> Tensor:  # (N, W)

@@ -1,9 +1,9 @@
 """Normalize by the root mean square (Zhang & Sennrich 2019, arXiv:1910.07467), keeping little for backward.
 
 Written in plain torch operations, autograd keeps two or three fp32 tensors of the input's size for each norm; here the
-input alone is kept, which the residual keeps anyway, with one number a row, and the rest is made again. Three forms are
-in use, `Form` names them: they differ in where they round, and in what the weight is. It is frozen and gets no
-gradient.
+input alone is kept, which the residual keeps anyway, with one number a row, and the rest is made again; so may be the
+output, by the layers over it (made_again.py). Three forms are in use, `Form` names them: they differ in where they
+round, and in what the weight is. It is frozen and gets no gradient.
 
 Forward and backward are operations of the register: in plain torch, rows a chunk at a time, so that fp32 values of a
 long input never exist whole; on CUDA one kernel each (rms_norm_triton.py), which reads and writes 16-bit values once.
@@ -11,14 +11,16 @@ long input never exist whole; on CUDA one kernel each (rms_norm_triton.py), whic
 Legend: N rows, H features.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_kernels.made_again import note_making
 from qlora_kernels.registry import define, from_triton
-from qlora_kernels.saved_tensors import fetch, keep, visible
+from qlora_kernels.saved_tensors import fetch, keep, saves_tensors, visible
 
 Form = Literal["scale_after_cast", "scale_before_cast", "weight_before_cast"]
 """weight * x_hat.to(dtype), as Llama has it; (x_hat * (1 + weight.float())).to(dtype), as Gemma has it; or
@@ -47,7 +49,10 @@ def rms_norm(
     """
     assert not weight.requires_grad, "rms_norm gives its weight no gradient: freeze it"
     assert weight.dtype == x.dtype, "rms_norm takes a weight of its input's dtype"
-    return _RMSNorm.apply(*visible(x), weight, eps, form)
+    output = _RMSNorm.apply(*visible(x), weight, eps, form)
+    if output.requires_grad and saves_tensors():
+        note_making(output, x, partial(_normalized, weight, eps, form))
+    return output
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -64,6 +69,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., H)
         x, inverse = fetch(ctx)
         return torch.ops.qlora_kernels.rms_norm_backward(grad, x, inverse, ctx.weight, ctx.form), None, None, None
+
+
+def _normalized(weight: Tensor, eps: float, form: Form, x: Tensor) -> Tensor:
+    """Make the output of `rms_norm` again, without gradients."""
+    return torch.ops.qlora_kernels.rms_norm(x, weight, eps, form)[0]
 
 
 def normalize_torch(

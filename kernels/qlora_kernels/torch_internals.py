@@ -9,6 +9,7 @@ Four classes are passed on as they are, since others derive from them or ask for
 operation). Left out: what one version of torch has and another has not (torch_features.py).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from copy import copy
@@ -20,6 +21,7 @@ from torch._ops import OpOverload as OpOverload
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -252,11 +254,44 @@ def efficient_attention_backward() -> OpOverload:
     return torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
 
 
+@functools.cache
+def takes_cpu_flash_attention(heads: int, key_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Return True if `F.scaled_dot_product_attention` takes its fused kernel on a CPU, causal and without dropout.
+
+    It is asked with one token; besides what is named here, it wants the values of a head next to each other.
+
+    Args:
+        heads: of queries.
+        key_heads: of keys and values.
+        head_dim: of queries and keys.
+        value_dim: of values.
+        dtype: of all.
+
+    Returns:
+        True for that kernel; False for another way.
+    """
+    with without_dispatch():
+        shapes = (heads, head_dim), (key_heads, head_dim), (key_heads, value_dim)
+        q, k, v = (torch.empty(1, count, 1, size, dtype=dtype, device="cpu") for count, size in shapes)
+        choice = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=heads != key_heads)
+    return choice == SDPBackend.FLASH_ATTENTION.value
+
+
+def cpu_flash_attention() -> OpOverload:
+    """Return the operation of torch's fused attention on a CPU.
+
+    Returns:
+        The operation: of query, key, value, dropout, whether it is causal and, by name, the scale; it gives the output,
+        and the logarithms of the sums of exponentials, in fp32 or wider.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
 def cpu_flash_attention_backward() -> OpOverload:
     """Return the backward operation of torch's fused attention on a CPU.
 
     Returns:
-        The operation.
+        The operation: of the output's gradient, query, key, value, both results, and the rest as the forward one.
     """
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -268,6 +303,17 @@ def varlen_attention_backward() -> OpOverload:
         The operation.
     """
     return torch.ops.torch_attn._varlen_attn_backward.default
+
+
+def flash_attention_operations() -> tuple[OpOverload, OpOverload]:
+    """Return flash attention forward and backward, the operations that torch's function for packed documents runs.
+
+    They are used directly only where `torch_features.has_flash_attention` knows their arguments.
+
+    Returns:
+        Both.
+    """
+    return torch.ops.aten._flash_attention_forward.default, torch.ops.aten._flash_attention_backward.default
 
 
 def pinned_memory_release() -> Callable[[], None] | None:

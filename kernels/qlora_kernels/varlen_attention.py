@@ -2,15 +2,15 @@
 
 Packing puts many rows into one sequence without padding. A mask that keeps them apart would cost tokens x tokens; here
 each document is attended to by itself, so the cost is the sum of the squares of the lengths, and nothing can leak from
-one document into another. On CUDA in 16-bit, torch's variable-length flash attention does the same in one call. Where
-no fused attention can do it without a matrix of scores or a mask (a window, a soft cap, dropout on a CPU), it goes by
-blocks of queries (blockwise_attention.py), so a long document costs no square in memory either. Left out: attention
-that is not causal, and key/value caches (generation goes through transformers' own attention).
+one document into another. On CUDA in 16-bit, torch's variable-length flash attention does the same in one call; on a
+CPU its fused attention takes each document, and the output is kept once (cpu_attention.py). Where no fused attention
+can do it without a matrix of scores or a mask (a window, a soft cap, dropout on a CPU), it goes by blocks of queries
+(blockwise_attention.py), so a long document costs no square in memory either. Left out: attention that is not causal,
+and key/value caches (generation goes through transformers' own attention).
 
 Legend: Hq query heads, Hkv key heads, T tokens of all documents, L of one, D head size, N documents.
 """
 
-import functools
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from qlora_kernels.blockwise_attention import blockwise_attention
 from qlora_kernels.card import card_of
-from qlora_kernels.torch_features import varlen_attention_arguments
+from qlora_kernels.cpu_attention import attend_to_documents, takes_documents
+from qlora_kernels.flash_attention import flash_attention
+from qlora_kernels.torch_features import has_flash_attention, varlen_attention_arguments
 from qlora_kernels.torch_internals import efficient_attention
 
 MOST_BACKWARD_BYTES = 2**28
@@ -33,6 +35,7 @@ def varlen_attention(
     key: Tensor,  # (1, Hkv, T, D)
     value: Tensor,  # (1, Hkv, T, D)
     cu_seqlens: Tensor | Sequence[int],  # (N+1,): 0, the end of document 1, ..., T
+    bounds_on_device: Tensor | None = None,  # (N+1,) int32
     *,
     scale: float,
     window: int | None = None,
@@ -47,6 +50,8 @@ def varlen_attention(
         value: of all documents.
         cu_seqlens: the documents' bounds. Pass a list where there is one: a CUDA tensor is copied to the host at each
             call.
+        bounds_on_device: the same on the query's device. Pass them where they are known, as all layers take the same:
+            else flash attention has them copied there at each call, and the host waits for that.
         scale: what products of queries and keys are multiplied by.
         window: token i sees tokens j with i - window < j <= i; None: all before it.
         softcap: scores become softcap * tanh(score / softcap); None: they stay.
@@ -61,19 +66,22 @@ def varlen_attention(
     assert covers, "cu_seqlens must rise from 0 to the number of tokens"
     card = card_of(query)
     is_plain = softcap is None and dropout == 0.0
+    sees_all = window is None or max(lengths) <= window
+    if card is None and is_plain and sees_all and takes_documents(query, key, value):
+        return attend_to_documents(query, key, value, lengths, scale)
     takes_flash = card is not None and is_plain and card.flash_refusal(query.dtype, query.shape[3]) is None
     processors = card.processors_summed_over(query.dtype) if card else 0
+    if takes_flash and bounds_on_device is None:
+        bounds_on_device = torch.tensor(bounds, dtype=torch.int32, device=query.device)
     count = key_heads_at_a_time(query, key, len(lengths) if takes_flash else 1, processors)
     if count < key.shape[1]:
         query_heads = count * query.shape[1] // key.shape[1]
         groups = zip(query.split(query_heads, 1), key.split(count, 1), value.split(count, 1), strict=True)
-        outputs = [
-            varlen_attention(*group, bounds, scale=scale, window=window, softcap=softcap, dropout=dropout)
-            for group in groups
-        ]
-        return torch.cat(outputs, dim=2)
+        settings: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "dropout": dropout}
+        return torch.cat([varlen_attention(*group, bounds, bounds_on_device, **settings) for group in groups], dim=2)
     if takes_flash:
-        return _flash_varlen(query, key, value, tuple(bounds), max(lengths), scale, window)
+        assert bounds_on_device is not None
+        return _flash_varlen(query, key, value, bounds_on_device, max(lengths), scale, window)
 
     # split, not slices: its backward is one concatenation, where each slice's would fill a zero tensor of all tokens.
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
@@ -179,16 +187,15 @@ def _flash_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bounds: tuple[int, ...],
+    bounds: Tensor,  # (N+1,)
     longest: int,
     scale: float,
     window: int | None,
-) -> Tensor:
+) -> Tensor:  # (1, T, Hq, D)
+    if has_flash_attention():
+        return flash_attention(query, key, value, bounds, longest, scale, window)
     from torch.nn.attention.varlen import varlen_attn
 
-    # A plan's tensors belong to that plan, and are kept for no other.
-    to_device = _bounds_on_device if query.is_cuda else _bounds_on_device.__wrapped__
-    cu_seqlens = to_device(bounds, query.device)
     grouping: dict[str, Any] = (
         {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in varlen_attention_arguments() else {}
     )
@@ -196,8 +203,8 @@ def _flash_varlen(
         query.squeeze(0).transpose(0, 1),  # (T, Hq, D)
         key.squeeze(0).transpose(0, 1),
         value.squeeze(0).transpose(0, 1),
-        cu_seqlens,
-        cu_seqlens,
+        bounds,
+        bounds,
         longest,
         longest,
         scale=scale,
@@ -206,9 +213,3 @@ def _flash_varlen(
     )
     assert isinstance(output, Tensor)  # it returns a pair only where the normalizers are asked for
     return output.unsqueeze(0)
-
-
-@functools.lru_cache(maxsize=4)
-def _bounds_on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copy bounds once for all layers of a forward and backward, which ask for the same ones."""
-    return torch.tensor(bounds, dtype=torch.int32, device=device)

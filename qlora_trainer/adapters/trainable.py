@@ -36,7 +36,7 @@ class AdapterModule(nn.Module):
     base: nn.Module
     runs_at_once = False  # several threads may be in it, as it takes what trains from `own`
     # By worker, parameters that share the values and have gradients of their own, to be taken while the switch is on:
-    stand_ins: tuple[Switch, Sequence[Mapping[str, nn.Parameter]]] = (Switch(), ())
+    of_workers: tuple[Switch, Sequence[Mapping[str, nn.Parameter]]] = (Switch(), ())
 
     def own(self, name: str) -> nn.Parameter:
         """Return a parameter as this thread is to take it.
@@ -45,9 +45,9 @@ class AdapterModule(nn.Module):
             name: inside the module.
 
         Returns:
-            The parameter, or what stands in for it.
+            The parameter, or this thread's one of the same values.
         """
-        switch, by_worker = self.stand_ins
+        switch, by_worker = self.of_workers
         return by_worker[worker_number()][name] if switch.is_on else self.get_parameter(name)
 
     @property

@@ -1,12 +1,17 @@
-"""Measure the host memory of this process: its peak on every system, and its private part as Linux counts it."""
+"""Measure the host memory of this process, and have glibc keep less of it.
+
+The peak is known on every system, the private part as Linux counts it. What a setting of glibc does holds for the whole
+process from then on; with another system or C library nothing happens.
+"""
 
 import ctypes
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # of mallopt
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -70,8 +75,36 @@ def return_freed_memory() -> bool:
     Returns:
         True if glibc accepted it; False with another system or C library.
     """
+    return _set_option(_MMAP_THRESHOLD, 2**20) and _set_option(_TRIM_THRESHOLD, 2**20)
+
+
+def use_one_arena() -> bool:
+    """Ask glibc to serve threads that begin from now on from one arena, so that what one frees another gets.
+
+    By default each thread allocates in an arena of its own, up to eight times as many as there are processors, and
+    keeps there what it frees: the most that each thread had is resident, though they had it in turn.
+
+    Returns:
+        True if glibc accepted it; False with another system or C library.
+    """
+    return _set_option(_ARENA_MAX, 1)
+
+
+def trim_freed_memory() -> None:
+    """Give what glibc keeps of freed blocks back to the system, once."""
+    trim = _function_of_c("malloc_trim")
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
+def _set_option(option: int, value: int) -> bool:
+    mallopt = _function_of_c("mallopt")
+    return mallopt is not None and bool(mallopt(option, value))
+
+
+def _function_of_c(name: str) -> Any:
+    """Return a function of the C library; None where it has none of this name."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name)
     except (OSError, TypeError, AttributeError):  # another system, or another C library
-        return False
-    return bool(mallopt(_MMAP_THRESHOLD, 2**20)) and bool(mallopt(_TRIM_THRESHOLD, 2**20))
+        return None

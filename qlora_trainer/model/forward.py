@@ -22,6 +22,7 @@ from qlora_trainer.common.boundary import as_model_error, is_from_library
 from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.model.evaluation_mode import evaluation_mode
+from qlora_trainer.model.modules.cpu_embedding import known_ids
 from qlora_trainer.model.modules.lm_head import head_weight
 from qlora_trainer.model.modules.packed_attention import (
     attends_apart,
@@ -168,7 +169,7 @@ def hidden_states(model: Any, pack: Pack) -> Tensor:  # (B, T, H)
     Returns:
         The last hidden states.
     """
-    with attention_for(model, pack):
+    with attention_for(model, pack), known_ids(pack.input_ids, pack.ids_on_host):
         return model.base_model(**_inputs(pack)).last_hidden_state
 
 
@@ -197,7 +198,7 @@ def logits(model: Any, pack: Pack) -> Tensor:  # (B, T, V)
     Returns:
         The logits.
     """
-    with attention_for(model, pack):
+    with attention_for(model, pack), known_ids(pack.input_ids, pack.ids_on_host):
         return model(**_inputs(pack)).logits
 
 
@@ -221,5 +222,5 @@ def _inputs(pack: Pack) -> dict[str, Any]:
     """Make the arguments of the model's forward."""
     inputs: dict[str, Any] = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "use_cache": False}
     if pack.cu_seqlens is not None:
-        inputs["document_bounds"] = pack.cu_seqlens.tolist()
+        inputs |= {"document_bounds": pack.cu_seqlens.tolist(), "bounds_on_device": pack.bounds_on_device}
     return inputs

@@ -164,7 +164,7 @@ def longest_pack(directory: ModelDirectory, config: RunConfig, packing: bool, do
 
 
 def as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
-    """Make a pack without memory, but for the documents' bounds, which the host reads.
+    """Make a pack without memory; the documents' bounds, which the host reads, are kept next to those without.
 
     Args:
         pack: with values.
@@ -174,7 +174,8 @@ def as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
         The pack.
     """
     ids, labels, positions = (mode.from_tensor(tensor) for tensor in (pack.input_ids, pack.labels, pack.position_ids))
-    return dataclasses.replace(pack, input_ids=ids, labels=labels, position_ids=positions)
+    bounds = None if pack.cu_seqlens is None else mode.from_tensor(pack.cu_seqlens)
+    return dataclasses.replace(pack, input_ids=ids, labels=labels, position_ids=positions, bounds_on_device=bounds)
 
 
 def _of_any_text(_: str) -> dict[str, list[int]]:

@@ -54,7 +54,8 @@ def track_steps(
     persistent = {
         kind: live.watch(tensors, kind) for kind, tensors in persistent_tensors(state, card is not None).items()
     }
-    live.watch([pack.input_ids, pack.labels, pack.position_ids, *state.prepared.casts], ACTIVATIONS)
+    bounds = [pack.bounds_on_device] if card and pack.bounds_on_device is not None else []  # a CPU has no copy of them
+    live.watch([pack.input_ids, pack.labels, pack.position_ids, *bounds, *state.prepared.casts], ACTIVATIONS)
     state.model.train()
     with live:
         for _ in range(steps):

@@ -18,11 +18,12 @@ from qlora_kernels.card import Card
 from qlora_kernels.rms_norm import norm_workspace_bytes
 from qlora_kernels.rotary import rotary_workspace_bytes
 from qlora_kernels.softmax_loss import softmax_loss_workspace_bytes
-from qlora_kernels.torch_features import varlen_attention_arguments
+from qlora_kernels.torch_features import has_flash_attention, varlen_attention_arguments
 from qlora_kernels.torch_internals import (
     OpOverload,
     cpu_flash_attention_backward,
     efficient_attention_backward,
+    flash_attention_operations,
     varlen_attention_backward,
 )
 from qlora_kernels.varlen_attention import flash_backward_bytes
@@ -84,8 +85,10 @@ def workspaces_on_cuda(card: Card) -> Workspaces:
         ),
         torch.ops.qlora_kernels.keep_mask.default: keep_mask_bytes,
     }
-    if varlen_attention_arguments():  # which has imported the module that defines it
-        varlen = functools.partial(varlen_backward_bytes, card=card)
+    varlen = functools.partial(varlen_backward_bytes, card=card)
+    if has_flash_attention():
+        found[flash_attention_operations()[1]] = varlen
+    elif varlen_attention_arguments():  # which has imported the module that defines it
         found[varlen_attention_backward()] = varlen
     if card.is_deterministic:
         found[torch.ops.aten.index_add_.default] = index_add_bytes

@@ -18,7 +18,12 @@ from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.common.atomic import new_directory, refuse_existing
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, missing_files_name
-from qlora_trainer.common.process_memory import private_bytes, return_freed_memory
+from qlora_trainer.common.process_memory import (
+    private_bytes,
+    return_freed_memory,
+    trim_freed_memory,
+    use_one_arena,
+)
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.load import save_config
 from qlora_trainer.config.override import override
@@ -161,10 +166,16 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
 
 
 def _run_device(config: RunConfig) -> torch.device:
-    """Choose the device of a run; before CUDA is first asked, set up cuBLAS where the run is to be repeatable."""
+    """Choose the device of a run, and set up what must be before it is first used.
+
+    That is cuBLAS, where a run on CUDA is to be repeatable; on a CPU it is the allocator, before threads begin.
+    """
     if config.training.deterministic:
         set_up_cublas(config.model.device)
-    return choose_device(config.model.device)
+    device = choose_device(config.model.device)
+    if device.type == "cpu":
+        use_one_arena()
+    return device
 
 
 def _assemble(
@@ -186,8 +197,10 @@ def _assemble(
     chosen, config = changed_options(config, options), config.replace(options)
     program_bytes = private_bytes()
     base = load_base(model, config.model, user_cache(), progress)
-    if base.device.type == "cpu" and base.bytes > _LARGE_BASE:
-        return_freed_memory()
+    if base.device.type == "cpu":
+        trim_freed_memory()  # of preparing data and of loading
+        if base.bytes > _LARGE_BASE:
+            return_freed_memory()
     torch.manual_seed(config.training.seed)  # for dropout; everything else has a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed, renderer.tokenizer)
     policy = plan.policy if plan else choose_policy(config.training, base.device)

@@ -123,7 +123,7 @@ def repeats_side_by_side(model: Any) -> bool:
 
     They do not where the model draws random numbers, which go to whichever thread comes first (adapters draw from a
     generator of each thread); where a module keeps what depends on a row's length; or where autograd
-    adds up gradients of a parameter that has no stand-in for each thread.
+    adds up gradients of a parameter that is the same one for all threads.
 
     Args:
         model: of transformers, with its adapters.

@@ -282,7 +282,7 @@ class PreparedAdapters:
         for module in self.modules:
             others = {name: p for name, p in module.own_parameters() if id(p) not in factors}
             if others:
-                module.stand_ins = self.switch, _stand_ins(others, grads)
+                module.of_workers = self.switch, _of_workers(others, grads)
         stacks: dict[int, list[StackedA]] = {}
         for layer in self.adapted:
             A, B = layer.lora_A.weight, layer.lora_B.weight
@@ -297,7 +297,7 @@ class PreparedAdapters:
             layer.prepared = self.switch, by_worker
 
 
-def _stand_ins(
+def _of_workers(
     own: Mapping[str, nn.Parameter], grads: Mapping[int, Sequence[Tensor]]
 ) -> list[Mapping[str, nn.Parameter]]:
     """Return a module's parameters for each worker: its own for the first, ones of the same values for the others."""

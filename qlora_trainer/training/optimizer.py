@@ -1,12 +1,13 @@
 """Update the adapters: paged AdamW over flat groups.
 
-bitsandbytes' optimizers are used as they are, but for two things. Their `load_state_dict` aliases what it is given,
-accepts state of other widths, and brings paged state back as ordinary GPU tensors; so state is saved by group name with
-the layout it belongs to, checked exactly, and copied in place into the buffers that bitsandbytes made itself. And those
-buffers are made when the optimizer is built, so that memory runs out before training rather than in it, and the bytes
-really paged are known. bitsandbytes keeps paged buffers for the life of the process: build one optimizer and keep it.
-Where the card cannot page (memory/managed_memory.py), its optimizer that does not takes the place of the one that does:
-the same arithmetic and the same state, so that a checkpoint of either resumes as the other.
+bitsandbytes' optimizers are used as they are, but for three things. Their `step` waits for the device, which here only
+does who reads the state. Their `load_state_dict` aliases what it is given, accepts state of other widths, and brings
+paged state back as ordinary GPU tensors; so state is saved by group name with the layout it belongs to, checked
+exactly, and copied in place into the buffers that bitsandbytes made itself. And those buffers are made when the
+optimizer is built, so that memory runs out before training rather than in it, and the bytes really paged are known.
+bitsandbytes keeps paged buffers for the life of the process: build one optimizer and keep it. Where the card cannot
+page (memory/managed_memory.py), its optimizer that does not takes the place of the one that does: the same arithmetic
+and the same state, so that a checkpoint of either resumes as the other.
 
 Left out: the loop, and what happens after a non-finite norm (loop.py).
 """
@@ -23,7 +24,13 @@ from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.config.schema import OptimizerConfig
 from qlora_trainer.training.flat import FlatGroup
 from qlora_trainer.training.memory.managed_memory import paging_refusal
-from qlora_trainer.weights.bitsandbytes_internals import forget_paged, is_paged, make_state, makes_state_early
+from qlora_trainer.weights.bitsandbytes_internals import (
+    forget_paged,
+    is_paged,
+    make_state,
+    makes_state_early,
+    update_parameters,
+)
 from qlora_trainer.weights.nf4 import load_bitsandbytes
 
 _PAGED = "Paged"  # what the names of bitsandbytes' classes begin with where their state pages
@@ -55,7 +62,10 @@ class Optimizer:
             group.check_views()  # an update of a buffer that the model no longer reads would go unnoticed
         for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
             settings["lr"] = learning_rate * group.rate_factor
-        self.optimizer.step()
+        if makes_state_early(self.optimizer):
+            update_parameters(self.optimizer)
+        else:
+            self.optimizer.step()
 
     def zero_grad(self) -> None:
         """Zero all gradients in place."""

@@ -39,6 +39,8 @@ _Result = TypeVar("_Result")
 def take_step(state: TrainState) -> dict[str, float]:
     """Take the loader's next step, with less memory where it runs out, and move the cursor on.
 
+    Meanwhile the step after is laid out in a thread; where that fails, the step after raises it.
+
     Where a row does not fit by itself under any policy, InsufficientMemoryError is raised and the state is that before
     the step. Where the loss shows that the model cannot compute in its dtype, TrainingError is raised.
 
@@ -48,7 +50,14 @@ def take_step(state: TrainState) -> dict[str, float]:
     Returns:
         The step's metrics.
     """
-    metrics = until_it_fits(state, lambda: train_step(state, state.loader.peek()), f"step {state.step + 1}")
+
+    def attempt() -> dict[str, float]:
+        packs = state.loader.peek()
+        if state.step + 1 < state.total_steps:
+            state.loader.begin_step_after()  # while the device has this one
+        return train_step(state, packs)
+
+    metrics = until_it_fits(state, attempt, f"step {state.step + 1}")
     refuse_loss_not_finite(state, metrics, state.loader.peek)
     state.loader.advance()
     return metrics

@@ -48,6 +48,22 @@ def make_state(optimizer: Any) -> None:
             optimizer.init_state(group, parameter, index, place)
 
 
+def update_parameters(optimizer: Any) -> None:
+    """Update every parameter as the optimizer's `step` does, but without waiting for the device after each.
+
+    `step` waits so that the host may read paged state next. Here who reads it waits first (training/optimizer.py); the
+    next step's work on the device comes after this in any case.
+
+    Args:
+        optimizer: of bitsandbytes, whose state `make_state` has made and whose parameters all have a gradient.
+    """
+    with torch.no_grad():
+        for index, group in enumerate(optimizer.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                optimizer.prefetch_state(parameter)
+                optimizer.update_step(group, parameter, index, place)
+
+
 def is_paged(optimizer_or_state: Any) -> bool:
     """Return True for an optimizer that pages where the device can, and for a tensor of state that is paged.
 

@@ -48,7 +48,13 @@ def test_the_loss_moves_at_most_20_bytes_a_logit_on_a_card(
 def test_the_loss_moves_56_bytes_a_logit_of_16_bits_in_plain_torch() -> None:
     """Product 2, widened 4 + 6, largest 4, less it 8, exponential 8, sum 4, divided 8, narrowed 6 + 4, product 2."""
     assert logit_bytes(BF16, on_card=False) == pytest.approx(56, abs=0.01)
-    assert LOGIT_BYTES_ON_CPU == 56
+    assert LOGIT_BYTES_ON_CPU[BF16.itemsize] == 56
+
+
+def test_the_loss_moves_40_bytes_a_logit_of_fp32_in_plain_torch() -> None:
+    """Product 4, largest 4, less it 8, exponential 8, sum 4, divided 8, product 4: nothing is widened or narrowed."""
+    assert logit_bytes(torch.float32, on_card=False) == pytest.approx(40, abs=0.01)
+    assert LOGIT_BYTES_ON_CPU[torch.float32.itemsize] == 40
 
 
 def test_the_losss_figures_are_printed_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:

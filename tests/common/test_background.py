@@ -1,11 +1,13 @@
 """Promises of the background thread: calls run in order, few wait, and no failure is lost."""
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future
 
 import pytest
 
-from qlora_trainer.common.background import Background
+from qlora_trainer.common.background import Ahead, Background
 
 
 def test_calls_run_in_order_in_one_other_thread() -> None:
@@ -86,3 +88,55 @@ def test_calls_behind_a_failed_one_still_run() -> None:
 
     with pytest.raises(OSError, match="full"):
         submit_two()
+
+
+def test_a_call_ahead_runs_at_once_in_another_thread_and_gives_its_result_when_it_is_asked_for() -> None:
+    began = threading.Event()
+
+    def call(number: int) -> tuple[int, int]:
+        began.set()
+        return number, threading.get_ident()
+
+    ahead = Ahead(call, 7)
+    assert began.wait(600), "before anyone asks"
+    number, thread = ahead.take()
+    assert number == 7
+    assert thread != threading.get_ident()
+
+
+def test_a_call_ahead_that_failed_says_so_when_it_is_asked_for() -> None:
+    ahead: Ahead[None] = Ahead(fail)
+    with pytest.raises(OSError, match="full"):
+        ahead.take()
+
+
+def test_the_thread_of_a_call_ahead_ends_though_nobody_takes_the_result() -> None:
+    threads: list[threading.Thread] = []
+    go = threading.Event()
+
+    def call() -> None:
+        threads.append(threading.current_thread())
+        go.wait()
+
+    Ahead(call)
+    go.set()
+    while not threads:
+        pass
+    threads[0].join(600)
+    assert not threads[0].is_alive()
+
+
+@pytest.mark.parametrize("end", ["pass", "raise SystemExit(3)", "raise KeyboardInterrupt"])
+def test_a_process_ends_as_it_would_without_a_call_ahead(end: str) -> None:
+    """Also while the call runs, which then has its time to end."""
+
+    def outcome(ahead: str) -> tuple[int, str]:
+        program = (
+            f"import time\nfrom qlora_trainer.common.background import Ahead\n"
+            f"def call():\n    time.sleep(0.2)\n    print('done', flush=True)\n{ahead}\n{end}"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=600)
+        return done.returncode, done.stdout
+
+    code, _ = outcome("pass")
+    assert outcome("Ahead(call)") == (code, "done\n")

@@ -1,21 +1,25 @@
 """What differs between versions of torch is found by what this one has, with stand-ins for the others."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import varlen
 
-from qlora_kernels import torch_features
+from qlora_kernels import torch_features, torch_internals, varlen_attention
 from qlora_kernels.varlen_attention import _flash_varlen
 from qlora_trainer.model import device
 
 
 @pytest.fixture(autouse=True)
 def forget() -> Any:
-    torch_features.varlen_attention_arguments.cache_clear()
+    cached = (torch_features.varlen_attention_arguments, torch_features.has_flash_attention)
+    for function in cached:
+        function.cache_clear()
     yield
-    torch_features.varlen_attention_arguments.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...
@@ -79,6 +83,53 @@ def test_grouped_heads_go_to_torchs_function_as_this_version_takes_them(
 ) -> None:
     """2.11 knows no `enable_gqa` and takes grouped heads all the same; later ones refuse them without it."""
     monkeypatch.setattr(varlen, "varlen_attn", version)
+    monkeypatch.setattr(varlen_attention, "has_flash_attention", lambda: False)
     query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
-    output = _flash_varlen(query, key, key, (0, 2, 6), 4, 0.3, None)
+    output = _flash_varlen(query, key, key, torch.tensor([0, 2, 6], dtype=torch.int32), 4, 0.3, None)
     assert torch.equal(output[0], query[0].transpose(0, 1))
+
+
+def changed(schema: Any, *, without: str = "", renamed: str = "", more: Any = None, results: int = 9) -> Any:
+    """An operation's schema without an argument, with a result of another name, one argument more, or fewer results."""
+    arguments = [argument for argument in schema.arguments if argument.name != without]
+    returns = [SimpleNamespace(name="other" if result.name == renamed else result.name) for result in schema.returns]
+    return SimpleNamespace(arguments=[*arguments, *([more] if more else [])], returns=returns[:results])
+
+
+def argument(has_default: bool) -> Any:
+    return SimpleNamespace(name="sink", has_default_value=lambda: has_default)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "known"),
+    [
+        (0, {}, True),
+        (0, {"more": argument(has_default=True)}, True),
+        (0, {"more": argument(has_default=False)}, False),
+        (0, {"without": "window_size_right"}, False),
+        (0, {"without": "max_k"}, False),
+        (0, {"renamed": "rng_state"}, False),
+        (1, {"without": "window_size_left"}, False),
+        (1, {"without": "rng_state"}, False),
+        (1, {"more": argument(has_default=False)}, False),
+        (1, {"results": 2}, False),
+    ],
+)
+def test_flash_attention_is_called_directly_only_where_it_takes_what_it_is_called_with(
+    monkeypatch: pytest.MonkeyPatch, place: int, change: dict[str, Any], known: bool
+) -> None:
+    schemas = [torch_internals.operation_schema(one) for one in torch_internals.flash_attention_operations()]
+    schemas[place] = changed(schemas[place], **change)
+    monkeypatch.setattr(torch_features, "flash_attention_operations", lambda: (0, 1))
+    monkeypatch.setattr(torch_features, "operation_schema", schemas.__getitem__)
+    assert torch_features.has_flash_attention() == known
+
+
+def test_a_torch_without_the_operations_has_no_flash_attention_to_call_directly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing() -> Any:
+        return torch.ops.aten.no_such_operation
+
+    monkeypatch.setattr(torch_features, "flash_attention_operations", missing)
+    assert not torch_features.has_flash_attention()

@@ -155,7 +155,32 @@ def test_torch_has_fused_attention_on_a_cpu() -> None:
     with Operations() as operations:
         query = torch.randn(1, 2, 16, 8, requires_grad=True)
         F.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+    assert torch_internals.cpu_flash_attention() in operations.seen
     assert torch_internals.cpu_flash_attention_backward() in operations.seen
+    names = [
+        [argument.name for argument in torch_internals.operation_schema(operation).arguments]
+        for operation in (torch_internals.cpu_flash_attention(), torch_internals.cpu_flash_attention_backward())
+    ]
+    settings = ["dropout_p", "is_causal", "attn_mask", "scale"]
+    assert names == [
+        ["query", "key", "value", *settings],
+        ["grad_out", "query", "key", "value", "out", "logsumexp", *settings],
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "key_heads", "head_dim", "value_dim"), [(4, 4, 8, 8), (6, 2, 8, 8), (4, 4, 8, 4)])
+def test_torch_says_where_it_takes_fused_attention_on_a_cpu(
+    heads: int, key_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype
+) -> None:
+    query = torch.ones(1, heads, 5, head_dim, dtype=dtype)
+    key, value = (torch.ones(1, key_heads, 5, size, dtype=dtype) for size in (head_dim, value_dim))
+    with Operations() as operations:
+        F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads != key_heads)
+    taken = torch_internals.cpu_flash_attention() in operations.seen
+    with FakeTensorMode(), Operations() as operations:
+        assert torch_internals.takes_cpu_flash_attention(heads, key_heads, head_dim, value_dim, dtype) == taken
+    assert operations.seen == []
 
 
 def test_torch_has_varlen_attention_backward() -> None:
@@ -166,6 +191,15 @@ def test_torch_has_varlen_attention_backward() -> None:
     arguments = torch_internals.operation_schema(torch_internals.varlen_attention_backward()).arguments
     assert [argument.name for argument in arguments[:4]] == ["grad_out", "query", "key", "value"]
     assert arguments[6].name == "cu_seq_q"
+
+
+def test_torch_has_flash_attention_over_packed_documents() -> None:
+    """What is called with them is tested in test_flash_attention.py, and their arguments in test_torch_features.py."""
+    forward, backward = torch_internals.flash_attention_operations()
+    assert [operation.name() for operation in (forward, backward)] == [
+        "aten::_flash_attention_forward",
+        "aten::_flash_attention_backward",
+    ]
 
 
 def test_torch_has_a_way_to_release_pinned_memory() -> None:

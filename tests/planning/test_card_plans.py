@@ -10,6 +10,7 @@ from cards import a_card_is_here
 
 from qlora_kernels import card, dropout, varlen_attention
 from qlora_kernels.card import Card
+from qlora_kernels.torch_internals import flash_attention_operations
 from qlora_trainer.cli.plan import describe
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
@@ -168,10 +169,11 @@ def test_a_deterministic_plan_counts_the_sums_that_its_processors_keep_apart(lla
     assert ordered.allocated >= plain.allocated + cublas
     more = 4 * 32 * (TOKENS + 128) * 3 * 128
     bounds = torch.empty(2, dtype=torch.int32, device="meta")
+    _, backward = flash_attention_operations()
     found = [
-        workspaces.workspaces_on_cuda(Card((8, 0), 128, is_deterministic=deterministic))[
-            torch.ops.torch_attn._varlen_attn_backward.default
-        ]((query, query, key, key, query, None, bounds, bounds))
+        workspaces.workspaces_on_cuda(Card((8, 0), 128, is_deterministic=deterministic))[backward](
+            (query, query, key, key, query, None, bounds, bounds)
+        )
         for deterministic in (False, True)
     ]
     assert found[1] - found[0] == more

@@ -39,8 +39,12 @@ def operations(found: dict[str, dict[str, list[str]]]) -> dict[str, set[str]]:
 
 
 def test_a_step_waits_for_the_device_once(found: dict[str, dict[str, list[str]]]) -> None:
-    """Two steps of two micro-batches each: loss and norm are read together, and nothing else is."""
-    assert {name: seen["waits"] for name, seen in found.items()} == {name: ["aten::_to_copy"] * 2 for name in found}
+    """Two steps of two micro-batches each: loss and norm are read together, and nothing else is.
+
+    Counted are reads, copies from memory that is not pinned, and calls that wait until the device is idle.
+    """
+    once = ["read by aten::_to_copy"]
+    assert {name: seen["waits"] for name, seen in found.items()} == dict.fromkeys(found, once * 2)
 
 
 def test_every_setting_takes_its_steps_and_generates(operations: dict[str, set[str]]) -> None:
@@ -52,7 +56,7 @@ def test_every_setting_takes_its_steps_and_generates(operations: dict[str, set[s
 
 def test_packed_documents_take_flash_attention_in_16_bits_only(operations: dict[str, set[str]]) -> None:
     for name, seen in operations.items():
-        flash = {"torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"}
+        flash = {"aten::_flash_attention_forward", "aten::_flash_attention_backward"}
         efficient = "aten::_scaled_dot_product_efficient_attention_backward"
         assert flash <= seen if "bf16" in name else flash.isdisjoint(seen) and efficient in seen
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from marks import slow_but
+from spying import noting
 from tiny_runs import no_load
 from tiny_tokenizers import tiny_tokenizer
 
@@ -49,6 +50,36 @@ def test_a_run_that_cannot_write_its_first_checkpoint_leaves_no_directory(
         start_run(config)
     directory = Path(config.training.output_dir)
     assert [path for path in directory.parent.iterdir() if directory.name in path.name] == []
+
+
+def test_a_run_on_a_cpu_has_one_arena_before_it_prepares_data_and_is_trimmed_when_the_base_is_there(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("use_one_arena", "prepare_data", "load_base", "trim_freed_memory", "build_state"):
+        monkeypatch.setattr(runs, name, noting(getattr(runs, name), lambda *_, name=name, **__: calls.append(name)))
+    expected = ["use_one_arena", "prepare_data", "load_base", "trim_freed_memory", "build_state"]
+    run = start_run(tiny_config(model={"device": "cpu"}))
+    assert calls == expected
+    calls.clear()
+    resume_run(run.directory)
+    assert calls == expected
+
+
+def test_a_run_on_a_card_leaves_the_allocator_of_the_host_as_it_is(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ReachedError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise ReachedError
+
+    monkeypatch.setattr(runs, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(runs, "resolve_model", stop)
+    monkeypatch.setattr(runs, "use_one_arena", lambda: pytest.fail("asked for"))
+    with pytest.raises(ReachedError):
+        start_run(tiny_config())
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """bitsandbytes still has each private name that weights.bitsandbytes_internals uses, and it works as it did there."""
 
 import gc
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from spying import Operations
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_kernels import torch_internals
 from qlora_trainer.weights import bitsandbytes_internals
@@ -22,6 +25,34 @@ def test_bitsandbytes_has_optimizers_that_make_state_early() -> None:
     assert not bitsandbytes_internals.makes_state_early(torch.optim.AdamW([parameter]))
     bitsandbytes_internals.make_state(optimizer)
     assert optimizer.state[parameter].keys() >= {"state1", "state2", "step"}
+
+
+@pytest.mark.parametrize("name", ["PagedAdamW32bit", "PagedAdamW8bit", "AdamW8bit"])
+def test_bitsandbytes_has_updates_that_do_as_its_step_without_waiting(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several groups and parameters, bit for bit; `step` waits for the device of each parameter."""
+
+    def updated(take: Callable[[Any], object]) -> tuple[list[Tensor], int]:
+        generator = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(5000, generator=generator)) for _ in range(3)]
+        groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "weight_decay": 0.0}]
+        optimizer = getattr(load_bitsandbytes().optim, name)(groups, lr=1e-2)
+        bitsandbytes_internals.make_state(optimizer)
+        waits.clear()
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn(5000, generator=generator)
+            take(optimizer)
+        return [parameter.detach() for parameter in parameters], len(waits)
+
+    waits: list[object] = []
+    monkeypatch.setattr(load_bitsandbytes().optim.optimizer, "sync_gpu", waits.append)
+    expected, waited = updated(lambda optimizer: optimizer.step())
+    found, without = updated(bitsandbytes_internals.update_parameters)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert waited >= 9
+    assert without == 0
 
 
 def test_bitsandbytes_has_optimizers_that_say_whether_they_page() -> None:

@@ -19,6 +19,7 @@ from qlora_kernels.adapter import OutputScale, Projection
 from qlora_kernels.dora import dora_norms, squared_row_norms
 from qlora_kernels.lora_linear import add_lora
 from qlora_kernels.saved_tensors import saves_tensors
+from qlora_kernels.torch_internals import version_of
 from qlora_trainer.adapters.folds import DoraFold
 from qlora_trainer.adapters.formulas import dora_factors
 from qlora_trainer.adapters.kinds.lora import LoraKind
@@ -115,7 +116,8 @@ class DoRALinear(LoRALinear):
             Weight, bias, adapter and the scale of the output.
         """
         scale = OutputScale(self._factors(), keeps_output=not saves_tensors())
-        return super().projection()._replace(output_scale=scale)
+        plain = super().projection()
+        return Projection(plain.weight, plain.bias, plain.adapter, scale)
 
     def norms(self) -> Tensor:  # (O,) fp32
         """Compute the norm of each row of the adapted weight, without a gradient: in fp32, as a merge does.
@@ -161,7 +163,7 @@ class DoRALinear(LoRALinear):
         if switch.is_on:
             now = switch.serial
         elif not self.training and isinstance(self.base, NF4Linear):
-            now = (self.lora_A.weight._version, self.lora_B.weight._version)
+            now = version_of(self.lora_A.weight), version_of(self.lora_B.weight)
         if now is None:
             return self.norms()
         if self._norms is None or self._norms[0] != now:

@@ -2,6 +2,9 @@
 
 A step is a set of `global_batch_size` rows, the last of an epoch perhaps fewer; micro-batches are made from the step's
 rows afterward, so no choice of memory changes what a step trains on. The position is two integers.
+
+While a step runs, the next one may be laid out in a thread. That is the same function of the same rows, read from what
+does not change; it is taken where position and limit are those it was made for, else dropped.
 """
 
 from collections.abc import Mapping
@@ -9,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from qlora_trainer.common.background import Ahead
 from qlora_trainer.common.errors import CheckpointError, DataError
 from qlora_trainer.common.units import counted
 from qlora_trainer.config.schema import RunConfig
@@ -67,6 +71,7 @@ class StepLoader:
         self.epoch = 0
         self.step = 0
         self._order = self.order(0)
+        self._ahead: tuple[tuple[int, int, int], Ahead[list[Pack]]] | None = None  # made for (epoch, step, limit)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -110,16 +115,31 @@ class StepLoader:
     def peek(self) -> list[Pack]:
         """Make the packs of the step to come, under the present `micro_batch_tokens`, without moving.
 
+        What `begin_step_after` began for it is taken; where that failed, its exception is raised here.
+
         Returns:
             One pack for each forward pass.
         """
+        if self._ahead is not None and self._ahead[0] == (self.epoch, self.step, self.micro_batch_tokens):
+            (_, ahead), self._ahead = self._ahead, None
+            return ahead.take()
         return self._packs(self.rows_of_step(self._order, self.step), self.micro_batch_tokens)
+
+    def begin_step_after(self) -> None:
+        """Begin to make the packs of the step after the one to come, in a thread, without moving."""
+        epoch, step = self._after()
+        key = epoch, step, self.micro_batch_tokens
+        if self._ahead is None or self._ahead[0] != key:
+            order = self._order if epoch == self.epoch else None  # read here, as the loader moves on meanwhile
+            self._ahead = key, Ahead(self._packs_at, order, *key)
 
     def advance(self) -> None:
         """Move to the step after."""
-        self.step += 1
-        if self.step == self.steps_per_epoch:
-            self._move_to(self.epoch + 1, 0)
+        epoch, step = self._after()
+        if epoch == self.epoch:
+            self.step = step
+        else:
+            self._move_to(epoch, step)
 
     def largest_pack(self, lengths: np.ndarray, steps: int) -> Pack:
         """Make the pack that has the most tokens, padding counted, in the steps to come, without moving.
@@ -190,6 +210,14 @@ class StepLoader:
                 f"{counted(self.steps_per_epoch, 'step')}."
             )
         self._move_to(state["epoch"], state["step"])
+
+    def _after(self) -> tuple[int, int]:
+        """Return epoch and step of the step after the one to come."""
+        return (self.epoch, self.step + 1) if self.step + 1 < self.steps_per_epoch else (self.epoch + 1, 0)
+
+    def _packs_at(self, order: np.ndarray | None, epoch: int, step: int, micro_batch_tokens: int) -> list[Pack]:
+        order = self.order(epoch) if order is None else order
+        return self._packs(self.rows_of_step(order, step), micro_batch_tokens)
 
     def _packs(self, rows: np.ndarray, micro_batch_tokens: int) -> list[Pack]:
         return make_packs([self.examples[int(row)] for row in rows], micro_batch_tokens, self.packing, self.workers)

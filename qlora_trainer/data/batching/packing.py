@@ -38,6 +38,8 @@ class Pack:
     tokens: int  # without padding
     label_tokens: int
     label_rows: Tensor | None = None  # (label_tokens,) int64, where labels.reshape(-1) has them; made by `to`
+    bounds_on_device: Tensor | None = None  # (N + 1,) int32, cu_seqlens on the device; made by `to`
+    ids_on_host: Tensor | None = None  # (B, T) int64, input_ids as they were before `to`
     parts: tuple["Pack", ...] = ()  # the same rows, to be run side by side; none: they are not divided
 
     @property
@@ -48,7 +50,7 @@ class Pack:
         return self.cu_seqlens.diff().tolist()
 
     def to(self, device: torch.device) -> "Pack":
-        """Move the pack's tensors to a device; document bounds stay on the host, where they are read.
+        """Move the pack's tensors to a device; what the host reads of them, document bounds and ids, stays there too.
 
         A CUDA device gets them through pinned memory, so that nobody waits for it: which tokens have a label is found
         here, as counting them on the device would make the host wait for all that the device was given before.
@@ -59,12 +61,15 @@ class Pack:
         Returns:
             Another pack.
         """
+        bounds = self.cu_seqlens if self.bounds_on_device is None else self.bounds_on_device
         return replace(
             self,
             input_ids=_moved(self.input_ids, device),
             labels=_moved(self.labels, device),
             position_ids=_moved(self.position_ids, device),
             label_rows=_moved(self.rows_with_labels(), device),
+            bounds_on_device=None if bounds is None else _moved(bounds, device),
+            ids_on_host=self.input_ids if self.ids_on_host is None else self.ids_on_host,
         )
 
     def rows_with_labels(self) -> Tensor:  # (label_tokens,) int64

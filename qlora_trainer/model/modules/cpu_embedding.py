@@ -9,17 +9,41 @@ The embedding is not among the module's parameters and buffers. So the model's d
 the one that computes, and moving or casting the model does not change the embedding. `tensors_on_cpu` finds it. Call
 `keep_embeddings_on_cpu` last, after everything that goes through parameters by name (fingerprint) or casts them.
 
-On CUDA the rows are copied from pinned memory without waiting; but the ids come from the device, so each lookup waits
-for the work that is queued there. Left out: LM heads that share the embedding's weight.
+On CUDA the rows are copied from pinned memory without waiting. A model's forward has its ids on the device, and to read
+them the host would wait for all work that is queued there: in a block of `known_ids` they are taken from the host.
+Generation, whose ids come from the device, waits. Left out: LM heads that share the embedding's weight.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kernels.torch_internals import storage_address, version_of
 from qlora_trainer.common.errors import ModelError
+
+_KNOWN: ContextVar[tuple[Tensor, int, Tensor] | None] = ContextVar("known_ids", default=None)
+
+
+@contextmanager
+def known_ids(
+    input_ids: Tensor,  # (B, T)
+    on_host: Tensor | None,  # (B, T)
+) -> Iterator[None]:
+    """Let embeddings in host memory take ids from the host, in the block and its thread, where they are given these.
+
+    Args:
+        input_ids: on a device.
+        on_host: the same on the host; None: they are read from the device.
+    """
+    token = _KNOWN.set(None if on_host is None else (input_ids, version_of(input_ids), on_host))
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
 
 
 class CpuEmbedding(nn.Module):
@@ -59,7 +83,7 @@ class CpuEmbedding(nn.Module):
         Returns:
             Rows of the embedding, (B, T, H).
         """
-        found: Tensor = self.embedding(input_ids.to("cpu")).to(self.dtype)
+        found: Tensor = self.embedding(_on_host(input_ids)).to(self.dtype)
         if self.device.type == "cuda":
             found = found.pin_memory()
         return found.to(self.device, non_blocking=True)
@@ -71,6 +95,20 @@ class CpuEmbedding(nn.Module):
             The embedding and its place.
         """
         return f"{self.embedding} on the host"
+
+
+def _on_host(input_ids: Tensor) -> Tensor:
+    """Return ids on the host: those known, if these are the same memory, in any shape and not written to since."""
+    known = _KNOWN.get()
+    if known is not None and _memory(input_ids) == _memory(known[0]) and version_of(input_ids) == known[1]:
+        return known[2].view(input_ids.shape)
+    return input_ids.to("cpu")
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """Return what two tensors of the same values in the same memory have in common, whatever their shapes."""
+    address = storage_address(tensor.untyped_storage())
+    return address, tensor.storage_offset(), tensor.numel(), tensor.is_contiguous()
 
 
 def keeps_own_dtype(model: Any) -> bool:

@@ -1,9 +1,9 @@
 """Attend over packed documents through transformers' own attention registry.
 
 `packed_documents(model)` switches the model to our attention function for the forward passes in the block. Each of them
-gets `document_bounds`, the first token of each document in the row, and the function keeps the documents apart without
-a mask matrix. No mask function is registered under its name, so transformers builds none. Outside the block the model
-attends as it was loaded, which generation with a cache needs.
+gets `document_bounds`, the first token of each document in the row, with the same numbers on the device, copied once a
+pack; the function keeps the documents apart without a mask matrix. No mask function is registered under its name, so
+transformers builds none. Outside the block the model attends as it was loaded, which generation with a cache needs.
 
 A model that does not use the registry, or whose layers mix tokens in other ways, would silently let documents see each
 other. `attends_apart` tries it, and such a model is trained on right-padded rows instead. One that cannot run a plain
@@ -43,6 +43,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     document_bounds: list[int],  # (N + 1,) first token of each document, and T
+    bounds_on_device: Tensor | None = None,  # (N + 1,) int32
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -58,6 +59,7 @@ def packed_attention(
         value: of the row.
         attention_mask: of any shape, not used; transformers makes none.
         document_bounds: the row's documents.
+        bounds_on_device: the same on the query's device; None: they are copied there where they are needed.
         scaling: of the scores; by default 1 / sqrt(D).
         dropout: probability, of the attention weights.
         sliding_window: tokens that a token sees, itself counted; None: all before it.
@@ -69,7 +71,15 @@ def packed_attention(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = varlen_attention(
-        query, key, value, document_bounds, scale=scale, window=sliding_window, softcap=softcap, dropout=dropout
+        query,
+        key,
+        value,
+        document_bounds,
+        bounds_on_device,
+        scale=scale,
+        window=sliding_window,
+        softcap=softcap,
+        dropout=dropout,
     )
     return output, None
 

@@ -25,7 +25,8 @@ from qlora_trainer.planning.speed.shape import Shape
 from qlora_trainer.training.memory.activations import TILES, Policy
 from qlora_trainer.training.patches import tile_tokens
 
-LOGIT_BYTES_ON_CPU = 56  # moved for each logit of a label token in 16 bits (python -m benchmarks.bytes_moved)
+LOGIT_BYTES_ON_CPU = {2: 56, 4: 40}
+"""Moved for each logit of a label token, by the bytes of a number (`python -m benchmarks.bytes_moved`)."""
 UPDATE_BYTES = 28  # moved for each number of the adapters: gradient, weight, two moments
 
 
@@ -105,7 +106,7 @@ def _forward(shape: Shape, rates: Rates, layout: MicroBatches, trained: float) -
     labels = trained * layout.tokens
     on_card = rates.overlaps
     taken = [tokens_of_a_chunk(shape.vocabulary, int(n) or 1, shape.itemsize, on_card=on_card) for n in labels]
-    logit_bytes = LOGIT_PASSES * shape.itemsize if on_card else LOGIT_BYTES_ON_CPU
+    logit_bytes = LOGIT_PASSES * shape.itemsize if on_card else LOGIT_BYTES_ON_CPU[shape.itemsize]
     products = 4 * shape.head * labels
     moved = 2 * np.ceil(labels / taken) * shape.head * shape.itemsize + logit_bytes * shape.vocabulary * labels
     return _once(shape, rates, layout) + products / rates.products + moved / rates.bandwidth

@@ -1,10 +1,15 @@
+import dataclasses
+import threading
+
 import numpy as np
 import pytest
+import torch
 
 from qlora_kernels.linear_cross_entropy import IGNORED
 from qlora_trainer.common.errors import CheckpointError, DataError
 from qlora_trainer.data.batching.loader import StepLoader, epoch_order
 from qlora_trainer.data.batching.mixing import Mixture
+from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.data.types import IGNORED_LABEL, Example
 
 ROWS = [Example([token, token + 100, token + 200], [-100, token + 100, token + 200]) for token in range(1, 12)]
@@ -115,3 +120,99 @@ def test_no_rows_are_refused():
 
 def test_rows_and_the_loss_agree_on_what_is_not_trained():
     assert IGNORED_LABEL == IGNORED
+
+
+class Reading:
+    """Rows that note which thread reads them, and of which some cannot be read."""
+
+    def __init__(self, broken=()) -> None:
+        self.broken = set(broken)
+        self.threads: list[threading.Thread] = []
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def __getitem__(self, index: int) -> Example:
+        self.threads.append(threading.current_thread())
+        if index in self.broken:
+            raise OSError(f"row {index} cannot be read")
+        return ROWS[index]
+
+    @property
+    def by_caller(self) -> int:
+        return sum(thread is threading.current_thread() for thread in self.threads)
+
+
+def same_packs(ours, theirs) -> bool:
+    names = [field.name for field in dataclasses.fields(Pack)]
+    pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(ours, theirs, strict=True) for name in names]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_steps_laid_out_ahead_are_those_laid_out_when_they_are_due(packing):
+    """Over two epochs and a bit; only the first is read by the caller itself."""
+    rows = Reading()
+    ahead, plain = loader(rows, packing=packing), loader(packing=packing)
+    for step in range(8):
+        packs = ahead.peek()
+        before = ahead.state_dict()
+        ahead.begin_step_after()
+        assert ahead.state_dict() == before == plain.state_dict(), "it moves nothing"
+        ahead.advance()
+        assert same_packs(packs, plain.next()), step
+    assert rows.by_caller == 4
+
+
+def test_what_was_laid_out_ahead_is_dropped_where_the_limit_has_changed():
+    rows = Reading()
+    steps, plain = loader(rows, micro_batch_tokens=6), loader(micro_batch_tokens=3)
+    steps.begin_step_after()
+    steps.advance()
+    steps.micro_batch_tokens = 3
+    plain.advance()
+    packs = steps.peek()
+    assert rows.by_caller == 4, "it is read anew"
+    assert same_packs(packs, plain.peek())
+    assert len(packs) == 4
+
+
+def test_a_step_that_is_laid_out_already_is_not_laid_out_twice_unless_the_limit_has_changed():
+    rows = Reading()
+    steps = loader(rows, micro_batch_tokens=6)
+    steps.begin_step_after()
+    steps.begin_step_after()
+    steps.micro_batch_tokens = 3
+    steps.begin_step_after()
+    steps.advance()
+    assert len(steps.peek()) == 4
+    for thread in rows.threads:
+        thread.join()
+    assert len(rows.threads) == 8
+    assert rows.by_caller == 0
+
+
+def test_what_was_laid_out_ahead_is_dropped_where_the_position_is_another():
+    steps, plain = loader(), loader()
+    steps.begin_step_after()
+    state = {**plain.state_dict(), "step": 2}
+    steps.load_state_dict(state)
+    plain.load_state_dict(state)
+    assert same_packs(steps.peek(), plain.peek())
+
+
+def test_a_row_that_cannot_be_read_fails_the_step_that_has_it_and_not_the_one_before():
+    rows = Reading()
+    steps = loader(rows)
+    rows.broken = {int(steps.rows_of_step(steps.order(0), 1)[0])}
+    packs = steps.peek()
+    steps.begin_step_after()
+    assert same_packs(packs, loader().peek())
+    steps.advance()
+    with pytest.raises(OSError, match="cannot be read"):
+        steps.peek()
+    assert rows.by_caller == 4, "the thread's failure"
+    rows.broken = set()
+    plain = loader()
+    plain.advance()
+    assert same_packs(steps.peek(), plain.peek()), "once it can be read, it is"

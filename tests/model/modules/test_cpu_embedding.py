@@ -8,11 +8,12 @@ import pytest
 import torch
 from marks import slow_but
 from tiny_models import load
+from torch import Tensor, nn
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.types import PromptTokens
-from qlora_trainer.model.modules.cpu_embedding import CpuEmbedding, tensors_on_cpu
+from qlora_trainer.model.modules.cpu_embedding import CpuEmbedding, known_ids, tensors_on_cpu
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.runs.start import resume_run, start_run
@@ -121,3 +122,28 @@ def test_rows_come_to_the_card_and_the_weight_stays(tiny_models: Models) -> None
     prompts = [PromptTokens([5, 9, 30], [2]), PromptTokens([7], [2])]
     answers = [generate_answers(model, tokenizer, prompts, max_new_tokens=5) for model in (device, host)]
     assert answers[0] == answers[1]
+
+
+def test_ids_come_from_the_host_where_they_are_known_and_else_from_the_tensor_that_is_given() -> None:
+    """Other ids on the host than in the tensor show which are taken."""
+    embedding = CpuEmbedding(nn.Embedding(20, 4), torch.device("cpu"), torch.float32)
+    ids, on_host = torch.arange(8)[None], torch.arange(10, 18)[None]
+
+    def found(given: Tensor) -> list[int]:
+        rows = embedding(given)
+        assert rows.shape == (*given.shape, 4)
+        return [int((embedding.weight == row).all(dim=1).nonzero()) for row in rows.reshape(-1, 4)]
+
+    with known_ids(ids, on_host):
+        assert found(ids) == on_host.flatten().tolist()
+        assert found(ids.view(2, 4)) == on_host.flatten().tolist(), "in another shape"
+        assert found(ids[:, :4]) == [0, 1, 2, 3], "a part of them"
+        assert found(ids.clone()) == ids.flatten().tolist(), "a copy, which may differ"
+        assert found(ids.view(2, 4).T) == [0, 4, 1, 5, 2, 6, 3, 7]
+        with known_ids(ids, None):
+            assert found(ids) == ids.flatten().tolist()
+        ids[0, 0] = 7
+        assert found(ids) == [7, *range(1, 8)], "written to since"
+    with known_ids(ids, on_host):
+        pass
+    assert found(ids) == [7, *range(1, 8)], "outside the block"

@@ -72,7 +72,7 @@ def in_force(run: Run) -> tuple[Policy, int]:
 def test_a_choice_is_kept_from_step_0_and_resumed_with_half_the_memory_goes_further_down(
     stepped_config: Config, memory: SimpleNamespace
 ) -> None:
-    run = start_run(stepped_config())
+    run = start_run(stepped_config(adapter={"rank": 2}))  # so that more than half is what a micro-batch takes
     chosen = in_force(run)
     assert chosen[0] == Policy("none")
     assert chosen[1] > 64, "several rows go through in one pass"
