@@ -99,7 +99,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progr
     Returns:
         The rows and the report on them.
     """
-    first = model.facts.vocabulary or 0  # no id of a text is beyond the vocabulary, so virtual tokens are
+    first = model.facts.vocabulary or 0  # virtual tokens have the ids after the vocabulary's
     return prepare(
         config.data,
         tokenizer,

@@ -193,7 +193,7 @@ def _assemble(
     slower = kernel_warnings(device.type)
     pace = pace_here(config, prepared, device)
     plan = check_fits_here(model, config, device, progress, pace, in_force)
-    options, kind = plan.options if plan else config.memory_options(), adapter_kind(config.adapter)
+    options = plan.options if plan else config.memory_options()
     chosen, config = changed_options(config, options), config.replace(options)
     program_bytes = private_bytes()
     base = load_base(model, config.model, user_cache(), progress)
@@ -215,7 +215,8 @@ def _assemble(
     if chosen:
         warnings.append(
             f"This run fits only with memory-efficient options, and has {options_in_words(chosen)}; its config.yaml "
-            f"keeps them. For others, set these keys, shorten data.max_length, or lower {kind.size}."
+            "keeps them. For others, set these keys, shorten data.max_length, or lower "
+            f"{adapter_kind(config.adapter).size}."
         )
     if names := named_as_experts(base.model, adapted):
         warnings.append(

@@ -57,7 +57,7 @@ class PromptEmbedding(AdapterModule):
         return name
 
     def decays(self, name: str) -> bool:
-        """Return False: a virtual token that decays would decay to the mean of no words.
+        """Return False: virtual tokens are vectors like those of words, which do not lie around 0.
 
         Args:
             name: inside the module.

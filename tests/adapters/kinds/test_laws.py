@@ -21,6 +21,8 @@ from qlora_trainer.adapters.trainable import leading_ids, trainable_parameters
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.runs.start import resume_run, start_run
+from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy
+from qlora_trainer.training.patches import patch_model
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
@@ -53,6 +55,26 @@ def test_the_gradient_is_the_same_packed_padded_and_alone(case: KindCase, family
         loss, gradient = loss_and_gradient(model, rows, packing, limit)
         assert loss == pytest.approx(packed, rel=1e-5)
         assert (gradient - expected).norm() < 1e-4 * expected.norm()
+
+
+@each_family
+@each_kind
+def test_the_gradient_is_the_same_whatever_backward_keeps(case: KindCase, family: str, tiny_models: Models) -> None:
+    model = load(tiny_models(family)).model
+    add_adapters(model, case.config)
+    away_from_its_start(model)
+    patch_model(model)
+    model.train()
+    rows = [row.after(leading_ids(model)) for row in examples(model.config.vocab_size)]
+    found = {}
+    for level in LEVELS:
+        apply_policy(model, Policy(level))
+        found[level] = loss_and_gradient(model, rows, packing=False, limit=60)
+    loss, gradient = found["none"]
+    assert gradient.norm() > 0
+    for level in LEVELS[1:]:
+        assert found[level][0] == pytest.approx(loss, rel=1e-6)
+        assert (found[level][1] - gradient).norm() < 1e-6 * gradient.norm()
 
 
 @each_kind
