@@ -4,8 +4,8 @@
 
 Every kind trains the demo's rows for --minutes by the clock: a first run of a few steps tells how long a step takes,
 and a second has as many steps as fit, with its learning rate going down to the last of them. Then its eval loss is
-measured and --answers eval requests are answered. Rates differ by kind (RATES): those of published recipes, not tuned
-here.
+measured and --answers eval requests are answered. Learning rates differ by kind
+(RATES): LoRA's is the demo's, the others were chosen once and not tuned.
 
 Tokens a second are useful tokens of the second run. On a busy machine they fall for all kinds, and so do steps; only
 what one run prints can be compared.
@@ -31,8 +31,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 16, "alpha": 32},
     "dora": {"kind": "dora", "rank": 16, "alpha": 32},
     "ia3": {"kind": "ia3"},
+    "bottleneck": {"kind": "bottleneck", "bottleneck_size": 64},
+    "prompt": {"kind": "prompt", "virtual_tokens": 20},
 }
-RATES = {"lora": 1e-3, "dora": 1e-3, "ia3": 1e-2}  # IA3: some ten times LoRA's, as in PEFT's examples
+RATES = {"lora": 1e-3, "dora": 1e-3, "ia3": 1e-2, "bottleneck": 1e-3, "prompt": 3e-2}
 FIRST_STEPS = 4
 """Steps of the run that tells how long a step takes; the first of them is left out."""
 

@@ -85,3 +85,20 @@ def check_patterns(settings: AdapterConfig, paths: Collection[str]) -> None:
                     f"adapter.{key} names {end}, in which the path of no adapted layer ends. Paths look like "
                     f"{next(iter(paths))}, and the names of adapted layers are: {names}."
                 )
+
+
+def layers_differ(settings: AdapterConfig) -> bool:
+    """Return True where decoder layers may have adapters of other sizes, so that some cannot speak for all.
+
+    Args:
+        settings: the config's section `adapter`.
+
+    Returns:
+        True where layers are chosen by number, or a name or an expression has one.
+    """
+    targets = settings.target_modules
+    names = [*settings.rank_pattern, *settings.alpha_pattern, *settings.fused_parts]
+    names += targets if isinstance(targets, list) else []
+    is_numbered = any(part.isdigit() for name in names for part in name.split("."))
+    in_expression = isinstance(targets, str) and any(character.isdigit() for character in targets)
+    return settings.layers_to_transform is not None or is_numbered or in_expression

@@ -12,8 +12,8 @@ from pydantic import Field, field_validator, model_validator
 
 from qlora_trainer.config.data_schema import Section
 
-_OF_LINEAR = ("target_modules", "layers_to_transform", "bias")  # of kinds that adapt linear layers
-_OF_LORA = (*_OF_LINEAR, "rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
+_OF_LINEAR = ("target_modules", "layers_to_transform")  # of kinds that adapt linear layers
+_OF_LORA = (*_OF_LINEAR, "bias", "rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
 SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "lora": (*_OF_LORA, "fused_parts"),
     "dora": _OF_LORA,
@@ -152,4 +152,8 @@ class AdapterConfig(Section):
             have, them = ("has", "it") if len(found) == 1 else ("have", "them")
             names = " and ".join(f"adapter.{name}" for name in found)
             raise ValueError(f"{names} {have} no effect with adapter.kind={self.kind}; leave {them} out")
+        if self.kind == "ia3" and self.dtype == "bfloat16":
+            raise ValueError(
+                "adapter.dtype=bfloat16 would lose the updates of vectors near 1; set adapter.dtype=float32"
+            )
         return self

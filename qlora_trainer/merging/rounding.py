@@ -3,7 +3,8 @@
 A merged weight is W + sBA, cast once. Here the error of that cast is added to W and the adapter stays unmerged:
 W + (cast(W + sBA) - (W + sBA)), with sBA on top. So a right merge gives the same logits but for the last bits of fp32,
 however much rounding costs; and an adapter that was lost, scaled otherwise, or folded into another weight on the way
-into the merged files is no part of the reference, and shows in full.
+into the merged files is no part of the reference, and shows in full. Where the adapter is no sum (DoRA, IA3), what is
+added to W is the change that changes the merged weight by that error (Fold.change_of_base).
 
 Legend: O out features, I in features, R rank.
 """

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
+from qlora_trainer.adapters.patterns import layers_differ
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.empty_run import longest_row
 from qlora_trainer.planning.memory_plan import SLACK, MemoryPlan, plan_memory
@@ -209,12 +210,14 @@ def _last_within(estimated: Callable[[int], int], low: int, high: int, budget: i
 
 
 def _few_layers(directory: ModelDirectory, config: RunConfig) -> tuple[int, int, int]:
-    """Return (layers of the model, after how many they repeat, few).
+    """Return (layers of the model, after how many they repeat, few); all, where they have other adapters.
 
     `few` is a multiple of the period with so many layers that one more is like them: two at least, as a first layer and
     a last one may differ; with inputs made again from every n-th layer's, n more.
     """
     kinds = directory.facts.layer_kinds
+    if layers_differ(config.adapter):
+        return len(kinds), len(kinds), len(kinds)
     period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
     period = math.lcm(period, config.training.offload_every_n_layers)
     return len(kinds), period, period * -(-(1 + config.training.offload_every_n_layers) // period)

@@ -269,7 +269,7 @@ class PreparedAdapters:
 
     def _make(self, dtype: torch.dtype) -> None:
         casts: dict[int, Tensor] = {}
-        trained = {id(layer.lora_A.weight) for layer in self.adapted}
+        trained = {id(p) for layer in self.adapted for p in (layer.lora_A.weight, layer.lora_B.weight)}
         for group in self.groups:
             if group.data.dtype == dtype or trained.isdisjoint(map(id, group.parameters.values())):
                 continue
@@ -278,9 +278,8 @@ class PreparedAdapters:
             for name, p in group.parameters.items():
                 casts[id(p)] = flat.as_strided(p.shape, p.stride(), group.slices[name].start)
         grads = _grads_of_workers(self.groups)
-        factors = {id(p) for layer in self.adapted for p in (layer.lora_A.weight, layer.lora_B.weight)}
         for module in self.modules:
-            others = {name: p for name, p in module.own_parameters() if id(p) not in factors}
+            others = {name: p for name, p in module.own_parameters() if id(p) not in trained}
             if others:
                 module.of_workers = self.switch, _of_workers(others, grads)
         stacks: dict[int, list[StackedA]] = {}

@@ -11,16 +11,29 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state, lora_layers
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig
-from qlora_trainer.adapters.patterns import check_patterns, layer_alpha, layer_parts, layer_rank, of_pattern
+from qlora_trainer.adapters.layers import linear_facts
+from qlora_trainer.adapters.patterns import (
+    check_patterns,
+    layer_alpha,
+    layer_parts,
+    layer_rank,
+    layers_differ,
+    of_pattern,
+)
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.adapters.targets import adapted_paths
 from qlora_trainer.common.errors import AdapterError, CheckpointError
 from qlora_trainer.config.schema import AdapterConfig, RunConfig
 from qlora_trainer.merging.merge_run import merge_run
+from qlora_trainer.planning.estimate import estimate
+from qlora_trainer.planning.memory_plan import plan_memory
+from qlora_trainer.planning.skeleton import build_skeleton
+from qlora_trainer.planning.speed.shape import count_shape
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.runs.trained import open_trained
 from qlora_trainer.training import patches
 from qlora_trainer.training.step import accumulate_gradients
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -187,3 +200,43 @@ def test_what_a_file_says_of_ranks_is_compared_layer_by_layer(tmp_path: Path) ->
     assert other.differences(tensors, wanted) == {"adapter.alpha": (16.0, 8.0)}
     without = wanted.model_copy(update={"rank_pattern": {}})
     assert same.differences(tensors, without).keys() == {"adapter.rank", "adapter.rank_pattern"}
+
+
+@pytest.mark.parametrize("name", [r".*layers\\.0\\..*q_proj", "(q|v)_proj", "layers.[01].self_attn.q_proj"])
+def test_an_expression_in_a_pattern_of_peft_is_refused(name: str) -> None:
+    """PEFT would take it for the layers that it matches; taken as written it would change nothing, silently."""
+    tensors = {
+        f"base_model.model.layers.0.self_attn.q_proj.lora_{part}.weight": torch.ones(shape)
+        for part, shape in (("A", (4, 8)), ("B", (8, 4)))
+    }
+    config = LoraFileConfig(r=4, lora_alpha=8.0, target_modules=["q_proj"], alpha_pattern={name: 64.0})
+    with pytest.raises(AdapterError, match=r"alpha_pattern names .* regular expression\. That is not supported"):
+        config.check_tensors(tensors, "it")
+    unused = config.model_copy(update={"alpha_pattern": {"k_proj": 64.0, "layers.0.self_attn.q_proj": 8.0}})
+    unused.check_tensors(tensors, "it")
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"layers_to_transform": [3, 4]},
+        {"rank_pattern": {"layers.4.mlp.up_proj": 2}},
+        {"target_modules": r".*\.4\..*_proj"},
+    ],
+    ids=["layers", "pattern", "expression"],
+)
+def test_layers_with_other_adapters_are_counted_and_planned_each(
+    adapter: dict[str, Any], deep_llama: Path, tiny_config: Config
+) -> None:
+    config = tiny_config(model={"name": str(deep_llama)}, adapter=adapter)
+    directory = ModelDirectory.open(deep_llama)
+    assert layers_differ(config.adapter)
+    model = build_skeleton(directory)
+    expected = sum(
+        layer_rank(config.adapter, path) * sum(linear_facts(model.get_submodule(path))[:2])
+        for path in adapted_paths(model, config.adapter)
+    )
+    assert count_shape(directory, config, torch.float32).adapters == expected
+    assert plan_memory(directory, config).adapter_parameters == expected
+    assert estimate(directory, config) == plan_memory(directory, config).total
+    assert not layers_differ(AdapterConfig(rank_pattern={"up_proj": 2}))

@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.adapters.inject import add_adapters, lora_layers
 from qlora_trainer.config.schema import AdapterConfig, OptimizerConfig
-from qlora_trainer.training.flat import ALIGNMENT, FlatGroup, clip_, flatten_parameters, grad_norm, group_trainable
+from qlora_trainer.training.flat import (
+    ALIGNMENT,
+    FlatGroup,
+    PreparedAdapters,
+    clip_,
+    flatten_parameters,
+    grad_norm,
+    group_trainable,
+)
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
@@ -170,3 +178,19 @@ def test_lora_plus_gives_lora_b_a_rate_of_its_own() -> None:
         "bias": (1.0, 0.0, torch.float32),
     }
     assert all(name.endswith(f"{group.name}.weight") for group in groups[:2] for name in group.parameters)
+
+
+def test_the_casts_of_a_step_are_there_for_both_groups_of_lora_plus() -> None:
+    """In bf16, as on a card: A and B are cast as one buffer each, and the layer takes both."""
+    model = two_layers()
+    add_adapters(model, AdapterConfig(rank=2))
+    groups = group_trainable(model, OptimizerConfig(lora_plus_ratio=16.0))
+    adapted = list(lora_layers(model).values())
+    prepared = PreparedAdapters(adapted, groups, torch.bfloat16)
+    assert [cast.dtype for cast in prepared.casts] == [torch.bfloat16] * 2
+    with prepared.for_a_step():
+        for layer in adapted:
+            casts = layer.adapter().casts
+            assert casts is not None
+            assert torch.equal(casts[0], layer.lora_A.weight.bfloat16())
+            assert torch.equal(casts[1], layer.lora_B.weight.bfloat16())

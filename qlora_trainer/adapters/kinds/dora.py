@@ -25,6 +25,7 @@ from qlora_trainer.adapters.formulas import dora_factors
 from qlora_trainer.adapters.kinds.lora import LoraKind
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig
 from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.trainable import TrainableBias
 from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
@@ -54,13 +55,15 @@ class DoRALinear(LoRALinear):
         assert not parts, "a norm is that of a whole row"
         device = self.lora_A.weight.device
         self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features, dtype=torch.float32, device=device))
-        self._squared: Tensor | None = None  # (O,) fp32, of a 4-bit base, which does not change
+        self._squared: tuple[Tensor, Tensor] | None = None  # a 4-bit base's weight, and (O,) fp32 of it
         self._norms: tuple[Any, Tensor] | None = None  # and when they hold
         self._held: Tensor | None = None
 
     @classmethod
     def from_base(cls, base: nn.Module, **settings: Any) -> Self:
         """Wrap `base`, with LoRA as it starts, and the norms of the base's rows: the base's own output.
+
+        Where the base has no weight yet, or has it only while it runs, they are NaN until an adapter is loaded.
 
         Args:
             base: as `is_linear` finds it.
@@ -71,7 +74,7 @@ class DoRALinear(LoRALinear):
         """
         layer = super().from_base(base, **settings)
         with torch.no_grad():
-            layer.lora_magnitude_vector.copy_(layer.norms())
+            layer.lora_magnitude_vector.copy_(layer.norms() if _has_weight(base) else torch.tensor(torch.nan))
         return layer
 
     def train(self, mode: bool = True) -> Self:
@@ -101,6 +104,7 @@ class DoRALinear(LoRALinear):
         if isinstance(self.base, NF4Linear):
             return super().forward(x)
         bias: Tensor | None = getattr(self.base, "bias", None)
+        bias = None if bias is None else bias.to(x.dtype)
         with _present(self.base):
             output, factors = self.base(x), self._factors()
         dropped = F.dropout(x, self.dropout, self.training)
@@ -127,12 +131,12 @@ class DoRALinear(LoRALinear):
         """
         base, A, B = self.base, self.lora_A.weight.detach(), self.lora_B.weight.detach()
         if isinstance(base, NF4Linear):
-            if self._squared is None:
-                self._squared = squared_row_norms(base.nf4_weight, torch.float32)
-            return dora_norms(base.nf4_weight, self._squared, A, B, self.scaling, torch.float32)
+            if self._squared is None or self._squared[0] is not base.packed:
+                self._squared = base.packed, squared_row_norms(base.nf4_weight, torch.float32)
+            return dora_norms(base.nf4_weight, self._squared[1], A, B, self.scaling, torch.float32)
         with _present(base):
-            weight = base.get_parameter("weight").detach()
-            weight = weight if isinstance(base, nn.Linear) else weight.T
+            weight = _weight(base).detach()
+            weight = weight if isinstance(_inside(base), nn.Linear) else weight.T
             return dora_norms(weight, squared_row_norms(weight, torch.float32), A, B, self.scaling, torch.float32)
 
     def hold(self) -> None:
@@ -171,9 +175,23 @@ class DoRALinear(LoRALinear):
         return self._norms[1]
 
 
+def _inside(base: nn.Module) -> nn.Module:
+    """Return the layer that has the weight: one whose bias trains is wrapped."""
+    return base.base if isinstance(base, TrainableBias) else base
+
+
+def _weight(base: nn.Module) -> Tensor:
+    return _inside(base).get_parameter("weight")
+
+
+def _has_weight(base: nn.Module) -> bool:
+    """Return False for a layer on the meta device, and for one that has its weight only while it is in use."""
+    return isinstance(base, NF4Linear) or not (_weight(base).is_meta or hasattr(_weight(base), "present"))
+
+
 def _present(base: nn.Module) -> Any:
     """Let a layer have its weight in the block, where it has it only while it is in use (merging/streamed_model.py)."""
-    present = getattr(base.get_parameter("weight"), "present", None)
+    present = getattr(_weight(base), "present", None)
     return nullcontext() if present is None else present()
 
 
@@ -181,6 +199,7 @@ class DoraKind(LoraKind):
     """Put DoRALinear in the place of linear layers."""
 
     name: ClassVar[str] = "dora"
+    remakes_outputs: ClassVar[bool] = True
     layer: ClassVar[type[LoRALinear]] = DoRALinear
 
     def file_config(

@@ -25,7 +25,9 @@ from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
 
 class IA3Linear(AdaptedLinear):
-    """Scale the output of a linear layer, bias and all, or its input.
+    """Scale the output of a linear layer, bias and all, or its input, by a vector in fp32.
+
+    In bf16, whose steps at 1 are 1/128, a vector that starts at 1 would lose its updates.
 
     Args:
         base: as `is_linear` finds it.
@@ -164,10 +166,7 @@ class Ia3Kind(AdapterKind):
         paths = self.target_paths(model, settings)
         of_input = set(feedforward_paths(model, settings, paths))
         for path in paths:
-            layer = IA3Linear(model.get_submodule(path), of_input=path in of_input)
-            if settings.dtype == "bfloat16":
-                layer.ia3_l = nn.Parameter(layer.ia3_l.detach().bfloat16())
-            model.set_submodule(path, layer)
+            model.set_submodule(path, IA3Linear(model.get_submodule(path), of_input=path in of_input))
         mark_only_lora_as_trainable(model, settings.bias)
         return paths
 

@@ -19,6 +19,7 @@ class AdapterKind(ABC):
 
     name: ClassVar[str]  # the value of adapter.kind
     size: ClassVar[str]  # the setting to lower for a smaller adapter, such as adapter.rank
+    remakes_outputs: ClassVar[bool] = False  # where a layer is not recomputed, backward multiplies by its weight again
     merges: ClassVar[bool] = True  # into plain weights; what does not stays in the forward pass
     deployment: ClassVar[str] = "as a PEFT adapter, next to its base"  # of what does not merge
 

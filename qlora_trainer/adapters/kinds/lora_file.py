@@ -19,6 +19,7 @@ from qlora_trainer.adapters.file_config import PEFT_PREFIX, Differences, FileCon
 from qlora_trainer.adapters.folds import DoraFold, Fold, LoraFold
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.patterns import layer_alpha, layer_parts, layer_rank, of_pattern
+from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig
 
@@ -145,6 +146,7 @@ class LoraFileConfig(FileConfig):
         for path, parts in pairs.items():
             if len(parts) == 1:
                 raise AdapterError(f"{origin}: {path} has lora_{parts.pop()} but not the other half of the pair.")
+        self._check_patterns(pairs, origin)
         self._check_magnitudes(tensors, pairs, origin)
         for name, tensor in tensors.items():
             if not (_FACTOR.fullmatch(name) or (self.use_dora and _MAGNITUDE.fullmatch(name))):
@@ -232,6 +234,16 @@ class LoraFileConfig(FileConfig):
         if self.use_dora:
             return DoraFold(A, B, self.scaling_of(path), tensors[f"{of_layer}lora_magnitude_vector"])
         return LoraFold(A, B, self.scaling_of(path))
+
+    def _check_patterns(self, adapted: Collection[str], origin: str) -> None:
+        """Refuse a pattern that is an expression for PEFT: taken as it is written, it would fit no layer."""
+        for key, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for name in pattern:
+                if re.escape(name).replace(r"\.", ".") != name and not any(ends_in(path, name) for path in adapted):
+                    raise AdapterError(
+                        f"{origin}: {key} names {name}, which PEFT reads as a regular expression. That is not "
+                        "supported; write each layer's path out in adapter_config.json."
+                    )
 
     def _check_magnitudes(self, tensors: Mapping[str, Tensor], adapted: Collection[str], origin: str) -> None:
         """Check that DoRA has a magnitude for each output of each adapted layer."""

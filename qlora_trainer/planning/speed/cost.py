@@ -115,6 +115,7 @@ def _forward(shape: Shape, rates: Rates, layout: MicroBatches, trained: float) -
 def _backward(shape: Shape, rates: Rates, policy: Policy, layout: MicroBatches) -> np.ndarray:
     again = recomputed_share(shape, policy)
     products = (2 * shape.active + 4 * shape.adapters) * layout.tokens + 5 * shape.attention * layout.squares
+    products = products + 2 * (1 - again) * shape.remade * layout.tokens
     seconds = products / rates.products + _expansions(shape, rates) + 2 * _between(shape, rates, layout)
     seconds = seconds + again * _once(shape, rates, layout)
     if policy.level == "tiled":

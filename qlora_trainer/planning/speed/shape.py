@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.adapters.kinds.table import adapter_kind
+from qlora_trainer.adapters.patterns import layers_differ
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import is_linear, is_transposed, linear_layers
@@ -39,6 +40,7 @@ class Shape:
     adapters: int  # numbers of the adapters that multiply a token: of LoRA R x (I + O)
     between: float  # numbers that one token's forward reads and writes between products
     itemsize: int  # bytes of a number that is computed with
+    remade: float = 0.0  # numbers of layers whose output backward computes again where it was not kept
 
     @property
     def head(self) -> int:
@@ -64,13 +66,14 @@ def count_shape(directory: ModelDirectory, config: RunConfig, dtype: torch.dtype
         The counts.
     """
     kinds = directory.facts.layer_kinds
-    period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+    repeats = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+    period = len(kinds) if layers_differ(config.adapter) else repeats
     model = build_skeleton(directory, layers=period)
     text = model.config.get_text_config()
     experts = {path: module for path, module in model.named_modules() if isinstance(module, SplitExperts)}
     kind = adapter_kind(config.adapter)
     adapted = set(kind.target_paths(model, config.adapter))
-    stored = tiled = adapters = 0
+    stored = tiled = adapters = remade = 0
     active = between = 0.0
     for path, layer in linear_layers(model).items():
         inputs, outputs = _features(layer)
@@ -83,6 +86,7 @@ def count_shape(directory: ModelDirectory, config: RunConfig, dtype: torch.dtype
         between += share * (inputs + outputs)
         if path in adapted:
             adapters += kind.layer_numbers(config.adapter, path, inputs, outputs)
+            remade += inputs * outputs * kind.remakes_outputs
             between += inputs + 3 * outputs  # read for A; what B gives is read, and added to the output
     # Attention and MLPs that are adapted whole: their output is read, and read again to be added to.
     hidden = text.hidden_size
@@ -104,6 +108,7 @@ def count_shape(directory: ModelDirectory, config: RunConfig, dtype: torch.dtype
         adapters=math.ceil(adapters * times),
         between=(between + RESIDUAL_PASSES * text.hidden_size * period) * times,
         itemsize=dtype.itemsize,
+        remade=remade * times,
     )
 
 

@@ -231,3 +231,30 @@ def test_dora_is_planned_with_hardly_more_memory_than_lora(policy: str, most: fl
         )
         totals[kind] = plan_memory(directory, config, layers=4).total
     assert totals["lora"] < totals["dora"] < most * totals["lora"]
+
+
+def test_a_16_bit_layer_whose_bias_trains_is_adapted_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8)).bfloat16()
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    expected = model(x)
+    add_adapters(model, AdapterConfig(**DORA, bias="lora_only"))
+    found = model(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    found.float().sum().backward()
+    assert all(parameter.grad is not None for _, parameter in trainable_parameters(model))
+
+
+def test_norms_are_those_of_the_weight_that_the_base_has_now() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(128, 64), nn.Linear(128, 64)
+    model = nn.Sequential(four_bit(first))
+    add_adapters(model, AdapterConfig(**DORA))
+    layer = lora_layers(model)["0"]
+    assert isinstance(layer, DoRALinear)
+    before = layer.norms()
+    layer.base = four_bit(second)
+    weight = dequantize_nf4(layer.base.nf4_weight, torch.float32)
+    torch.testing.assert_close(layer.norms(), torch.linalg.vector_norm(weight, dim=1), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(layer.norms(), before)

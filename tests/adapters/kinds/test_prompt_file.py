@@ -46,4 +46,7 @@ def test_a_file_without_what_follows_from_its_tensor_is_read(tmp_path: Path) -> 
     assert stored.config == PromptFileConfig(num_virtual_tokens=5)
     assert stored.paths == []
     assert stored.differences(AdapterConfig(kind="prompt", virtual_tokens=6)) == {"adapter.virtual_tokens": (5, 6)}
-    assert stored.differences(AdapterConfig(kind="ia3")) == {"adapter.kind": ("prompt", "ia3")}
+    assert stored.differences(AdapterConfig(kind="ia3")) == {
+        "adapter.kind": ("prompt", "ia3"),
+        "adapter.virtual_tokens": (5, 20),
+    }, "all that is to be set, at once"
