@@ -144,8 +144,7 @@ def refuse_unmergeable(adapter: StoredAdapter) -> None:
     if not ADAPTER_KINDS[kind].merges:
         raise MergeError(
             f"This adapter is of the kind {kind}, which cannot be merged: what it computes is no weight of the base, "
-            "and stays in the forward pass. Use it with its base (qlora generate, qlora evaluate), or train with "
-            "adapter.kind=lora to merge."
+            "and stays in the forward pass. Use it with its base, or train with adapter.kind=lora to merge."
         )
 
 

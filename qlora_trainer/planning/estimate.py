@@ -23,8 +23,8 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 def estimate(directory: ModelDirectory, config: RunConfig) -> int:
     """Estimate the total that `plan_memory` would give, from two models of a few layers, or of as many as there are.
 
-    Two more say what a layer adds whose activations are all kept; the first of them adds little, since as much is alive
-    while a layer is recomputed.
+    Three more say what a layer adds whose activations are all kept. The first two of them add less, since as much is
+    alive while a layer is recomputed, and the fullest moment may come with the second.
 
     Args:
         directory: holds the base's config.json.
@@ -35,14 +35,17 @@ def estimate(directory: ModelDirectory, config: RunConfig) -> int:
     """
     layers, period, few = _few_layers(directory, config)
     kept = min(config.training.uncheckpointed_layers, layers)
-    if few + period >= layers:
+    planned = few + (2 * period if kept else period)
+    if planned >= layers:
         return plan_memory(directory, config).total
     total, _ = _total_and_layer(directory, _keeping(config, 0))
     if kept:
-        none, one, two = (
-            plan_memory(directory, _keeping(config, count), few + period) for count in (0, period, 2 * period)
-        )
-        total += _live(one) - _live(none) + (_live(two) - _live(one)) * (kept - period) // period
+        first = min(kept, 2 * period)
+        none, some = (plan_memory(directory, _keeping(config, count), planned) for count in (0, first))
+        total += _live(some) - _live(none)
+        if kept > first:
+            more = plan_memory(directory, _keeping(config, first + period), planned)
+            total += (_live(more) - _live(some)) * (kept - first) // period
     return total
 
 

@@ -6,7 +6,8 @@ until then, or every second or third, from which those between are computed agai
 the tokens at a time, and dequantizes large weights in parts.
 
 Each level takes less of the device than the one before; under each of them the last layers may keep everything. All
-give the same gradients: bit for bit, but for tiles, where matrix products have other sizes.
+give the same gradients: bit for bit, but for tiles, where matrix products have other sizes, and DoRA's magnitudes and
+IA3's vectors, which are summed in another order where outputs are not kept.
 
 Left out: choosing a policy by what fits (planning/fit.py), and what single modules keep (patches.py).
 """

@@ -12,7 +12,7 @@ from tiny_models import make_model_directory
 from torch import nn
 from torch.nn import functional as F
 
-from qlora_trainer.adapters.targets import find_targets
+from qlora_trainer.adapters.targets import adapted_paths, find_targets
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import AdapterError, CheckpointError, ModelError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig, RunConfig
@@ -113,7 +113,7 @@ def test_a_trained_bias_of_the_head_gets_its_gradient() -> None:
 
 def test_a_quantized_head_is_no_target_of_adapters(tiny_llama: Path) -> None:
     model = base(tiny_llama, lm_head="4bit", embeddings="cpu").model
-    assert "lm_head" not in find_targets(model, AdapterConfig().target_modules)
+    assert "lm_head" not in adapted_paths(model, AdapterConfig())
     for name in ("lm_head", "embed_tokens"):
         with pytest.raises(AdapterError, match="Embeddings and the LM head are not adapted"):
             find_targets(model, [name])
