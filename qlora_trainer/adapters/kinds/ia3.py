@@ -192,13 +192,12 @@ class Ia3Kind(AdapterKind):
         """
         layers = adapter_modules(model)
         of_input = [path for path in paths if getattr(layers[path], "of_input", False)]
-        names = target_names(model, paths)
-        same = names != sorted(paths) and all(
-            not ends_in(path, name) or path in of_input for name in target_names(model, of_input) for path in paths
-        )
+        targets, feedforward = target_names(model, paths), target_names(model, of_input)
+        if not set(feedforward) <= set(targets):  # PEFT wants a part of the targets' own names
+            targets, feedforward = sorted(paths), sorted(of_input)
         return Ia3FileConfig(
-            target_modules=names if same else sorted(paths),
-            feedforward_modules=target_names(model, of_input) if same else sorted(of_input),
+            target_modules=targets,
+            feedforward_modules=feedforward,
             fan_in_fan_out=getattr(layers[paths[0]].base, "fan_in_fan_out", False),
             **named,
         )

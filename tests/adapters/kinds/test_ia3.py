@@ -155,6 +155,24 @@ def test_layers_can_be_named_and_what_is_not_adapted_is_refused(tiny_llama: Path
         feedforward_paths(model, wrong, paths)
 
 
+def test_peft_reads_us_where_one_of_two_like_named_layers_scales_its_input(
+    tiny_config: Config, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """PEFT refuses feedforward_modules that are not among the names of target_modules."""
+    from peft import PeftModel
+
+    adapter = {**IA3, "target_modules": ["down_proj"], "feedforward_modules": ["layers.0.mlp.down_proj"]}
+    run = start_run(tiny_config(adapter=adapter))
+    randomize(run.base.model)
+    (tmp_path / "ours").mkdir()
+    run.write_adapter(tmp_path / "ours")
+    again = dense(tiny_llama)
+    add_adapters(again, AdapterConfig(**adapter))
+    load_adapter_state(again, adapter_state_dict(run.base.model))
+    loaded = PeftModel.from_pretrained(dense(tiny_llama), tmp_path / "ours").eval()
+    assert differ_by(logits_of(loaded), logits_of(again)) < 1e-5
+
+
 def test_a_model_whose_keys_are_not_found_by_name_asks_for_names() -> None:
     model = nn.Sequential(nn.Linear(4, 6))
     with pytest.raises(AdapterError, match=r"Name them in adapter\.target_modules, .*There are: 0\."):
