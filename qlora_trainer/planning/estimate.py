@@ -15,6 +15,7 @@ from qlora_trainer.adapters.patterns import layers_differ
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.empty_run import longest_row
 from qlora_trainer.planning.memory_plan import SLACK, MemoryPlan, plan_memory
+from qlora_trainer.planning.skeleton import layers_of_a_period
 from qlora_trainer.training.memory.activations import Level, Policy
 from qlora_trainer.training.state import with_micro_batch, with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -218,12 +219,11 @@ def _few_layers(directory: ModelDirectory, config: RunConfig) -> tuple[int, int,
     `few` is a multiple of the period with so many layers that one more is like them: two at least, as a first layer and
     a last one may differ; with inputs made again from every n-th layer's, n more.
     """
-    kinds = directory.facts.layer_kinds
+    layers, period = len(directory.facts.layer_kinds), layers_of_a_period(directory, config.adapter)
     if layers_differ(config.adapter):
-        return len(kinds), len(kinds), len(kinds)
-    period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+        return layers, layers, layers
     period = math.lcm(period, config.training.offload_every_n_layers)
-    return len(kinds), period, period * -(-(1 + config.training.offload_every_n_layers) // period)
+    return layers, period, period * -(-(1 + config.training.offload_every_n_layers) // period)
 
 
 def _live(plan: MemoryPlan) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_trainer.config.schema import ModelConfig
+from qlora_trainer.adapters.patterns import layers_differ
+from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.model.empty import compute_in, empty_model, keep_layers, recompute_buffers, refuse_multi_modal
 from qlora_trainer.model.modules.cpu_embedding import keep_embeddings_on_cpu
 from qlora_trainer.model.modules.lm_head import empty_head
@@ -40,6 +41,22 @@ def build_skeleton(
     if compute_dtype not in (None, source_dtype):
         recompute_buffers(model, directory, compute_dtype, config)
     return model
+
+
+def layers_of_a_period(directory: ModelDirectory, adapter: AdapterConfig) -> int:
+    """Find after how many decoder layers a model and its adapters repeat, so that these can speak for all.
+
+    Args:
+        directory: holds config.json.
+        adapter: the config's section `adapter`.
+
+    Returns:
+        The count; that of all layers where none repeats.
+    """
+    kinds = directory.facts.layer_kinds
+    if layers_differ(adapter):
+        return len(kinds)
+    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
 
 
 def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype) -> None:

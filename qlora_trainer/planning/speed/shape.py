@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.adapters.kinds.table import adapter_kind
-from qlora_trainer.adapters.patterns import layers_differ
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import is_linear, is_transposed, linear_layers
 from qlora_trainer.model.modules.packed_attention import head_sizes
-from qlora_trainer.planning.skeleton import build_skeleton
+from qlora_trainer.planning.skeleton import build_skeleton, layers_of_a_period
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 RESIDUAL_PASSES = 16
@@ -66,8 +65,7 @@ def count_shape(directory: ModelDirectory, config: RunConfig, dtype: torch.dtype
         The counts.
     """
     kinds = directory.facts.layer_kinds
-    repeats = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
-    period = len(kinds) if layers_differ(config.adapter) else repeats
+    period = layers_of_a_period(directory, config.adapter)
     model = build_skeleton(directory, layers=period)
     text = model.config.get_text_config()
     experts = {path: module for path, module in model.named_modules() if isinstance(module, SplitExperts)}
