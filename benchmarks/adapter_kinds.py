@@ -39,9 +39,9 @@ FIRST_STEPS = 4
 """Steps of the run that tells how long a step takes; the first of them is left out."""
 
 
-def config_of(kind: str, model: str, data: Path, work: Path, steps: int) -> RunConfig:
-    """Make a run's config."""
-    settings = demo_settings(model, data, work)
+def config_of(kind: str, model: str, work: Path, steps: int) -> RunConfig:
+    """Make the config of a run in the directory that has the rows."""
+    settings = demo_settings(model, work, work)
     settings["adapter"] = KINDS[kind]
     settings["optimizer"] = {**settings["optimizer"], "learning_rate": RATES[kind]}
     settings["training"] = {
@@ -67,12 +67,12 @@ def train(config: RunConfig) -> tuple[Run, list[float], int]:
     return run, seconds, sum(tokens[1:])
 
 
-def measure(kind: str, model: str, data: Path, work: Path, minutes: float, answers: int) -> list[str]:
+def measure(kind: str, model: str, work: Path, minutes: float, answers: int) -> list[str]:
     """Train a kind for so many minutes; returns the cells of its line."""
-    first, seconds, _ = train(config_of(kind, model, data, work, FIRST_STEPS))
+    first, seconds, _ = train(config_of(kind, model, work, FIRST_STEPS))
     first.release()
     steps = max(math.floor(60 * minutes / (sum(seconds[1:]) / (len(seconds) - 1))), FIRST_STEPS)
-    config = config_of(kind, model, data, work, steps)
+    config = config_of(kind, model, work, steps)
     run, seconds, tokens = train(config)
     planned = plan_memory(run.base.directory, run.config)
     size = (run.directory / "adapter" / "adapter_model.safetensors").stat().st_size
@@ -104,7 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         copy_demo_rows(Path(work))
         lines = [
-            measure(kind, options.model or packaged_model(), Path(work), Path(work), options.minutes, options.answers)
+            measure(kind, options.model or packaged_model(), Path(work), options.minutes, options.answers)
             for kind in options.kinds
         ]
     print(f"{options.minutes:g} minutes of training each, rates {RATES}")

@@ -115,7 +115,7 @@ def answer_for_cuda() -> None:
 
 
 class Seen(TorchDispatchMode):
-    """Which operations are given or make a tensor on cuda, and for which of them the host waits.
+    """Note which operations are given or make a tensor on cuda, and for which of them the host waits.
 
     It waits to read from the device, and to copy to it from memory that is not pinned, as the driver does that itself.
     """

@@ -165,8 +165,7 @@ class DoraFold(LoraFold):
         Returns:
             The change, (N, I) fp32; none where a magnitude is 0.
         """
-        factors = self._factors(super().rows(weight, rows), rows)
-        return torch.where(factors == 0, 0.0, change / factors)
+        return _before(change, self._factors(super().rows(weight, rows), rows))
 
     def _factors(self, sums: Tensor, rows: slice) -> Tensor:  # (N, 1) fp32
         return dora_factors(self.magnitude[rows], torch.linalg.vector_norm(sums, dim=1))[:, None]
@@ -224,11 +223,15 @@ class ScaleFold:
         Returns:
             The change, of the same shape; none where the factor is 0.
         """
-        factors = self._factors(weight, rows)
-        return torch.where(factors == 0, 0.0, change / factors)
+        return _before(change, self._factors(weight, rows))
 
     def _factors(self, weight: Tensor, rows: slice) -> Tensor:
         values = self.values.float()
         if self.of_columns:
             return values
         return values[rows] if weight.dim() == 1 else values[rows, None]
+
+
+def _before(change: Tensor, factors: Tensor) -> Tensor:
+    """Return the change that these factors turn into `change`; none where a factor is 0."""
+    return torch.where(factors == 0, 0.0, change / factors)

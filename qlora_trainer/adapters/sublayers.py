@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qlora_kernels.torch_internals import with_real_tensors
 from qlora_trainer.adapters.joint import with_children
+from qlora_trainer.adapters.targets import looks_like_attention
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.model.modules.decoder_layers import decoder_layers
 from qlora_trainer.model.modules.experts import SplitExperts
@@ -104,8 +105,7 @@ def _giving(output: Tensor, form: Callable[[Tensor], Any]) -> Callable[..., Any]
 
 def _part(name: str, child: nn.Module) -> str:
     """Say what a child of a decoder layer is, by the names that target_modules=attention goes by."""
-    is_attention = "attn" in name or "attention" in name or "attention" in type(child).__name__.lower()
-    return "attention" if is_attention else "mlp"
+    return "attention" if looks_like_attention(name, child) else "mlp"
 
 
 def _has_matrices(module: nn.Module) -> bool:

@@ -217,7 +217,18 @@ def _part(model: nn.Module, path: str) -> str | None:
     ancestors = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
     if not any(isinstance(ancestor, nn.ModuleList) for ancestor in ancestors):
         return None
-    is_attention = any("attention" in type(ancestor).__name__.lower() for ancestor in ancestors) or any(
-        "attn" in part or "attention" in part for part in parts
-    )
+    is_attention = looks_like_attention(parts[-1]) or any(map(looks_like_attention, parts, ancestors))
     return "attention" if is_attention else "mlp"
+
+
+def looks_like_attention(name: str, module: nn.Module | None = None) -> bool:
+    """Return True if a module is attention by its name or its class.
+
+    Args:
+        name: in the module that holds it.
+        module: whose class counts; None: the name alone does.
+
+    Returns:
+        True if it is.
+    """
+    return "attn" in name or "attention" in name or "attention" in type(module).__name__.lower()

@@ -80,6 +80,8 @@ class AdapterModule(nn.Module):
     def decays(self, name: str) -> bool:
         """Return True if weight decay is for a parameter: by default for matrices.
 
+        A vector that scales a layer would decay to 0, and with it the layer.
+
         Args:
             name: inside the module.
 

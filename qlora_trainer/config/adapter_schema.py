@@ -111,6 +111,11 @@ class AdapterConfig(Section):
     )
 
     @property
+    def is_always_fp32(self) -> bool:
+        """Return True if the adapter takes no other dtype: vectors that start at 1 lose their updates in bf16."""
+        return self.kind == "ia3"
+
+    @property
     def leading_tokens(self) -> int:
         """Return the number of virtual tokens that are before each row."""
         return self.virtual_tokens if self.kind == "prompt" else 0
@@ -152,7 +157,7 @@ class AdapterConfig(Section):
             have, them = ("has", "it") if len(found) == 1 else ("have", "them")
             names = " and ".join(f"adapter.{name}" for name in found)
             raise ValueError(f"{names} {have} no effect with adapter.kind={self.kind}; leave {them} out")
-        if self.kind == "ia3" and self.dtype == "bfloat16":
+        if self.is_always_fp32 and self.dtype == "bfloat16":
             raise ValueError(
                 "adapter.dtype=bfloat16 would lose the updates of vectors near 1; set adapter.dtype=float32"
             )

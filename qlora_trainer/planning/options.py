@@ -39,8 +39,8 @@ def option_steps(directory: ModelDirectory, config: RunConfig) -> list[RunConfig
     chosen = config.memory_options()
     if config.optimizer.name == "adamw":
         is_open.discard("adapter.dtype")  # torch's AdamW would keep its moments in bfloat16 too
-    if config.adapter.kind == "ia3":
-        is_open.discard("adapter.dtype")  # its vectors are fp32
+    if config.adapter.is_always_fp32:
+        is_open.discard("adapter.dtype")
     waits = False
     if is_open & {"model.embeddings", "model.lm_head"}:
         model = build_skeleton(directory, layers=1)

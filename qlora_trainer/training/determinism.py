@@ -122,8 +122,8 @@ def repeats_side_by_side(model: Any) -> bool:
     """Return True if several threads may train a model at once, and compute the same again.
 
     They do not where the model draws random numbers, which go to whichever thread comes first (adapters draw from a
-    generator of each thread); where a module keeps what depends on a row's length; or where autograd
-    adds up gradients of a parameter that is the same one for all threads.
+    generator of each thread); where a module keeps what depends on a row's length; or where autograd adds up gradients
+    of a parameter that is the same one for all threads.
 
     Args:
         model: of transformers, with its adapters.

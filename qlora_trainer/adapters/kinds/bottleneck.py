@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.bottleneck import BottleneckLayer
 from qlora_trainer.adapters.kinds.bottleneck_file import BottleneckFileConfig
-from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer
+from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer, adapter_dtype
 from qlora_trainer.adapters.sublayers import find_sublayers
 from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
 from qlora_trainer.common.errors import AdapterError
@@ -80,7 +80,7 @@ class BottleneckKind(AdapterKind):
         """
         paths = self.target_paths(model, settings)
         generator = torch.Generator().manual_seed(seed)
-        dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+        dtype = adapter_dtype(settings)
         hidden: int = model.config.get_text_config().hidden_size  # type: ignore[operator,union-attr]
         for path in paths:
             base = model.get_submodule(path)

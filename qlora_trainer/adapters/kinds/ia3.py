@@ -81,17 +81,6 @@ class IA3Linear(AdaptedLinear):
         scale = OutputScale(scales, keeps_output=not saves_tensors())
         return Projection(base.nf4_weight, bias, output_scale=scale)
 
-    def decays(self, name: str) -> bool:
-        """Return False: a vector that decays would decay to 0, and with it the layer.
-
-        Args:
-            name: inside the module.
-
-        Returns:
-            False.
-        """
-        return False
-
     def stored(self, name: str, values: Tensor) -> Tensor:
         """Return the vector in the shape of PEFT's file.
 
@@ -167,7 +156,7 @@ class Ia3Kind(AdapterKind):
         of_input = set(feedforward_paths(model, settings, paths))
         for path in paths:
             model.set_submodule(path, IA3Linear(model.get_submodule(path), of_input=path in of_input))
-        mark_only_lora_as_trainable(model, settings.bias)
+        mark_only_lora_as_trainable(model)
         return paths
 
     def file_config(

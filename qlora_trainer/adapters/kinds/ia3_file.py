@@ -73,7 +73,7 @@ class Ia3FileConfig(FileConfig):
         Returns:
             The paths, in the order of the file.
         """
-        return [match["path"] for name in tensors if (match := _SCALE.fullmatch(name))]
+        return list(_vectors(tensors))
 
     def folds(self, tensors: Mapping[str, Tensor]) -> dict[str, Fold]:
         """Say what becomes of each adapted weight in a merge.
@@ -85,9 +85,8 @@ class Ia3FileConfig(FileConfig):
             Folds by the path of the layer.
         """
         return {
-            match["path"]: ScaleFold(tensor.flatten(), of_columns=scales_input(tensor))
-            for name, tensor in tensors.items()
-            if (match := _SCALE.fullmatch(name))
+            path: ScaleFold(tensor.flatten(), of_columns=scales_input(tensor))
+            for path, tensor in _vectors(tensors).items()
         }
 
     def bias_folds(self, tensors: Mapping[str, Tensor]) -> dict[str, Fold]:
@@ -100,9 +99,7 @@ class Ia3FileConfig(FileConfig):
             Folds by the path of the layer.
         """
         return {
-            match["path"]: ScaleFold(tensor.flatten())
-            for name, tensor in tensors.items()
-            if (match := _SCALE.fullmatch(name)) and not scales_input(tensor)
+            path: ScaleFold(tensor.flatten()) for path, tensor in _vectors(tensors).items() if not scales_input(tensor)
         }
 
     def settings_of(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
@@ -130,3 +127,8 @@ def scales_input(
         True for (1, I).
     """
     return tensor.shape[0] == 1 and tensor.shape[1] != 1
+
+
+def _vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the vectors by the path of their layer, in the order of the file."""
+    return {match["path"]: tensor for name, tensor in tensors.items() if (match := _SCALE.fullmatch(name))}

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from qlora_trainer.adapters.file_config import FileConfig
@@ -118,3 +119,15 @@ class AdapterKind(ABC):
         Returns:
             A phrase, such as "rank 16".
         """
+
+
+def adapter_dtype(settings: AdapterConfig) -> torch.dtype:
+    """Return the dtype that an adapter trains in.
+
+    Args:
+        settings: the config's section `adapter`.
+
+    Returns:
+        bf16 where it is asked for; else fp32, for auto too.
+    """
+    return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32

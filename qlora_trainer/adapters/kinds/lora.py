@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.fused_parts import trained_rows
-from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer
+from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer, adapter_dtype
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig, stored_ranks
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.adapters.patterns import check_patterns, layer_alpha, layer_rank
@@ -45,7 +45,7 @@ class LoraKind(AdapterKind):
         check_patterns(settings, paths)
         parts = trained_rows(model, paths, settings.fused_parts)
         generator = torch.Generator().manual_seed(seed)
-        dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+        dtype = adapter_dtype(settings)
         for path in paths:
             layer = self.layer.from_base(
                 model.get_submodule(path),

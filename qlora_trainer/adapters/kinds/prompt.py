@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer
+from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer, adapter_dtype
 from qlora_trainer.adapters.kinds.prompt_embedding import PromptEmbedding
 from qlora_trainer.adapters.kinds.prompt_file import PromptFileConfig
 from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
@@ -65,7 +65,7 @@ class PromptKind(AdapterKind):
         ids = _initial_ids(settings, seed, tokenizer, weight.shape[0])
         with torch.no_grad():
             rows = embedding(ids.to(weight.device))
-        dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+        dtype = adapter_dtype(settings)
         model.set_submodule(paths[0], PromptEmbedding(embedding, rows.detach().to(dtype, copy=True)))
         mark_only_lora_as_trainable(model)
         return []
