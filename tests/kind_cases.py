@@ -10,10 +10,10 @@ from qlora_trainer.config.schema import AdapterConfig
 
 @dataclass(frozen=True)
 class KindCase:
-    """One kind: its settings, and a function that makes PEFT's config for it."""
+    """One kind: its settings, and a function that makes PEFT's config for it, where PEFT has it."""
 
     settings: dict[str, Any]
-    peft_config: Callable[[str], Any]  # by the family of the model, llama or gpt2
+    peft_config: Callable[[str], Any] | None = None  # by the family of the model, llama or gpt2; None: PEFT has no such
 
     @property
     def config(self) -> AdapterConfig:
@@ -45,10 +45,18 @@ def _prompt(family: str) -> Any:
     return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, prompt_tuning_init="RANDOM")
 
 
+def _prefix(family: str) -> Any:
+    from peft import PrefixTuningConfig
+
+    return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+
+
 _OF_MLPS = {"rank": 4, "alpha": 8, "target_modules": "mlp"}
 CASES = {
     "lora": KindCase({"kind": "lora", **_OF_MLPS}, _lora),
     "dora": KindCase({"kind": "dora", **_OF_MLPS}, partial(_lora, use_dora=True)),
     "ia3": KindCase({"kind": "ia3"}, _ia3),
+    "bottleneck": KindCase({"kind": "bottleneck", "bottleneck_size": 8}),
     "prompt": KindCase({"kind": "prompt", "virtual_tokens": 5}, _prompt),
+    "prefix": KindCase({"kind": "prefix", "virtual_tokens": 5}, _prefix),
 }

@@ -97,7 +97,8 @@ def make_model_directory(
     tokenizer = tiny_tokenizer("smollm2")
     config_class, changes = (FAMILIES | MORE_FAMILIES)[family]
     vocab_size = -(-len(tokenizer) // 64) * 64
-    config = config_class(**{**SHAPE, "vocab_size": vocab_size, **changes, **shape})
+    shared = {k: v for k, v in SHAPE.items() if config_class is not GPT2Config or k != "num_key_value_heads"}
+    config = config_class(**{**shared, "vocab_size": vocab_size, **changes, **shape})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

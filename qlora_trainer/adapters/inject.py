@@ -24,6 +24,7 @@ from qlora_trainer.adapters.trainable import (
     adapter_modules,
     biased_modules,
     trainable_parameters,
+    trained_beside_file,
 )
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.common.units import counted
@@ -74,17 +75,22 @@ def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tens
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Copy to the CPU all that trains, in its dtype and in PEFT's shapes.
+    """Copy to the CPU what an adapter's file holds: all that trains, or what is made of it, in PEFT's shapes.
 
     Args:
         model: with adapters.
 
     Returns:
-        Tensors by PEFT's names.
+        Tensors by PEFT's names, in the dtype of what trains.
     """
-    owners = _owners(model)
-    state = {}
+    owners, beside = _owners(model), trained_beside_file(model)
+    state: dict[str, Tensor] = {}
+    for module in adapter_modules(model).values():
+        with torch.no_grad():
+            state |= {name: values.to("cpu", copy=True) for name, values in module.made_for_file().items()}
     for name, parameter in trainable_parameters(model):
+        if name in beside:
+            continue
         values = parameter.detach().to("cpu", copy=True)  # first, so that it takes nothing of a full device
         owner = owners.get(id(parameter))
         state[name] = owner[0].stored(owner[1], values) if owner else values
@@ -96,12 +102,17 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Args:
         model: with adapters.
-        tensors: by PEFT's names.
+        tensors: by PEFT's names; where the file holds what is made of what trains, those of `trained_beside_file`.
 
     Raises:
         AdapterError: the tensors are not those of this model's adapters; nothing was changed.
     """
     parameters = dict(trainable_parameters(model))
+    if (beside := trained_beside_file(model)) and beside.keys().isdisjoint(tensors):
+        raise AdapterError(
+            "The adapter holds a prefix and not the MLP that the model would train it through. Set "
+            "adapter.prefix_projection=false."
+        )
     missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     owners, of_base = _owners(model), _biases_of_base(model)
     if (missing or unknown) and all(name in of_base for name in missing) and all(n.endswith(".bias") for n in unknown):

@@ -35,6 +35,7 @@ class AdapterModule(nn.Module):
 
     base: nn.Module
     runs_at_once = False  # several threads may be in it, as it takes what trains from `own`
+    file_is_made = False  # the file holds what `made_for_file` returns, and not what trains
     # By worker, parameters that share the values and have gradients of their own, to be taken while the switch is on:
     of_workers: tuple[Switch, Sequence[Mapping[str, nn.Parameter]]] = (Switch(), ())
 
@@ -111,6 +112,14 @@ class AdapterModule(nn.Module):
             The fold; None where the weight stays as it is.
         """
         return None
+
+    def made_for_file(self) -> dict[str, Tensor]:
+        """Compute the tensors of PEFT's file from what trains, where that is something else.
+
+        Returns:
+            By PEFT's names; none where what trains is stored itself.
+        """
+        return {}
 
     def stored(self, name: str, values: Tensor) -> Tensor:
         """Return the values of a parameter in the shape of PEFT's file.
@@ -250,6 +259,23 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
             inside = found and path in adapted  # PEFT calls what a layer wraps its base_layer
             other = PEFT_PREFIX + (f"{path}.base_layer.{rest}" if inside else name)
             yield stored.get(id(parameter), other), parameter
+
+
+def trained_beside_file(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Find what trains and is in no file of the adapter, as the file holds what is made of it.
+
+    Args:
+        model: with adapters.
+
+    Returns:
+        Parameters by name; none for most kinds of adapters.
+    """
+    return {
+        module.stored_name(path, name): parameter
+        for path, module in adapter_modules(model).items()
+        if module.file_is_made
+        for name, parameter in module.own_parameters()
+    }
 
 
 def leading_ids(model: nn.Module) -> list[int]:

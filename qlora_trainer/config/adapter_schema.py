@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from qlora_trainer.common.errors import ConfigError
 from qlora_trainer.config.data_schema import Section
 
 _OF_LINEAR = ("target_modules", "layers_to_transform")  # of kinds that adapt linear layers
@@ -20,6 +21,7 @@ SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "ia3": (*_OF_LINEAR, "feedforward_modules"),
     "bottleneck": ("bottleneck_size", "activation", "placement"),
     "prompt": ("virtual_tokens", "prompt_init_text"),
+    "prefix": ("virtual_tokens", "prefix_projection", "prefix_hidden_size"),
 }
 """The settings of the section adapter that a kind has, but for those of all kinds."""
 
@@ -39,12 +41,13 @@ def settings_of_others(kind: str) -> set[str]:
 class AdapterConfig(Section):
     """Configure the adapter, which is what trains."""
 
-    kind: Literal["lora", "dora", "ia3", "bottleneck", "prompt"] = Field(
+    kind: Literal["lora", "dora", "ia3", "bottleneck", "prompt", "prefix"] = Field(
         "lora",
         description="Kind of adapter: lora (Hu et al. 2021); dora, which trains a norm for each row too (Liu et al. "
         "2024); ia3, which scales keys, values and the inputs of MLPs' last layers (Liu et al. 2022); bottleneck, a "
-        "small MLP after each attention and MLP (Houlsby et al. 2019), and prompt, virtual tokens before each row "
-        "(prompt tuning, Lester et al. 2021), which do not merge.",
+        "small MLP after each attention and MLP (Houlsby et al. 2019), prompt, virtual tokens before each row "
+        "(prompt tuning, Lester et al. 2021), and prefix, keys and values before each row in every layer (Li and Liang "
+        "2021), which do not merge.",
     )
     rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
     alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
@@ -99,12 +102,28 @@ class AdapterConfig(Section):
         "small updates. auto: float32, or bfloat16 where the run fits only so.",
     )
     virtual_tokens: int = Field(
-        20, ge=1, le=4096, description="Trained tokens before each row; data.max_length counts them."
+        20,
+        ge=1,
+        le=4096,
+        description="With kind prompt: trained tokens before each row, which data.max_length counts. With kind prefix: "
+        "trained keys and values before each row, which take positions of the model, and no tokens of a row.",
     )
     prompt_init_text: str | None = Field(
         None,
         description="Text whose tokens the virtual tokens begin as, repeated or cut to their number. null: tokens of "
         "the vocabulary, drawn by the seed.",
+    )
+    prefix_projection: bool = Field(
+        False,
+        description="With kind prefix: train a small MLP that makes the keys and values of one vector each, in their "
+        "place. Files of the adapter hold what it makes.",
+    )
+    prefix_hidden_size: int = Field(
+        512,
+        ge=1,
+        le=16384,
+        description="With adapter.prefix_projection: width of the MLP; its last matrix has so many rows, and a column "
+        "for each number of a token's keys and values.",
     )
     init_from: str | None = Field(
         None, description="Directory of a PEFT adapter to start from, with a fresh optimizer."
@@ -119,6 +138,32 @@ class AdapterConfig(Section):
     def leading_tokens(self) -> int:
         """Return the number of virtual tokens that are before each row."""
         return self.virtual_tokens if self.kind == "prompt" else 0
+
+    @property
+    def as_stored(self) -> "AdapterConfig":
+        """Return the settings of an adapter that is read from its file, which no MLP of a prefix is in."""
+        return self.model_copy(update={"prefix_projection": False})
+
+    def positions_of_rows(self, positions: int | None) -> int | None:
+        """Return how many of a model's positions are left to rows: a prefix has the first ones.
+
+        Args:
+            positions: of the model; None: it has no limit.
+
+        Returns:
+            Positions; None without a limit.
+
+        Raises:
+            ConfigError: none is left.
+        """
+        if positions is None or self.kind != "prefix":
+            return positions
+        if self.virtual_tokens >= positions:
+            raise ConfigError(
+                f"adapter.virtual_tokens is {self.virtual_tokens}, and the model has {positions} positions, of which a "
+                "prefix takes one for each: nothing is left for a row. Lower adapter.virtual_tokens."
+            )
+        return positions - self.virtual_tokens
 
     @field_validator("prompt_init_text")
     @classmethod
@@ -157,6 +202,15 @@ class AdapterConfig(Section):
             have, them = ("has", "it") if len(found) == 1 else ("have", "them")
             names = " and ".join(f"adapter.{name}" for name in found)
             raise ValueError(f"{names} {have} no effect with adapter.kind={self.kind}; leave {them} out")
+        if not self.prefix_projection and self.prefix_hidden_size != fields["prefix_hidden_size"].get_default():
+            raise ValueError(
+                "adapter.prefix_hidden_size has no effect without adapter.prefix_projection=true; leave it out"
+            )
+        if self.prefix_projection and self.init_from is not None:
+            raise ValueError(
+                "adapter.init_from names a file, which holds a prefix and no MLP that made it, so none can go on "
+                "training; set adapter.prefix_projection=false"
+            )
         if self.is_always_fp32 and self.dtype == "bfloat16":
             raise ValueError(
                 "adapter.dtype=bfloat16 would lose the updates of vectors near 1; set adapter.dtype=float32"

@@ -29,6 +29,7 @@ from qlora_trainer.model.modules.packed_attention import (
     cannot_be_trained,
     packed_documents,
 )
+from qlora_trainer.model.modules.prefix_cache import positions_before
 from qlora_trainer.model.modules.row_positions import longest_with_own_positions
 
 
@@ -67,12 +68,13 @@ def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
     loss_path = find_loss_path(model)
     warnings = []
     limit = longest_with_own_positions(model.config.get_text_config())
-    if limit is not None and max_length is not None and max_length > limit:
+    before = positions_before(model)
+    if limit is not None and max_length is not None and max_length + before > limit:
         warnings.append(
             f"If any row of a micro-batch has more than {counted(limit, 'token')}, this model encodes the "
             f"positions of all its "
             "rows differently, so the result for a row depends on the rows next to it. To avoid that, set "
-            f"data.max_length={limit}."
+            f"data.max_length={limit - before}."
         )
     if apart is None:
         warnings.append(

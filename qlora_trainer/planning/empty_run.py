@@ -19,6 +19,7 @@ from qlora_trainer.data.batching.loader import micro_batch_tokens
 from qlora_trainer.data.batching.packing import Example, Pack, make_packs
 from qlora_trainer.model.device import compute_dtype_of, current_card, refuse_unknown_kernels
 from qlora_trainer.model.modules.packed_attention import attends_apart, cannot_be_trained, head_sizes
+from qlora_trainer.model.modules.prefix_cache import positions_before
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton, make_empty
 from qlora_trainer.training.determinism import workers_for
@@ -79,7 +80,8 @@ def longest_row(directory: ModelDirectory, config: RunConfig) -> int:
     Returns:
         Tokens.
     """
-    return min(config.data.max_length, directory.facts.positions or config.data.max_length)
+    positions = config.adapter.positions_of_rows(directory.facts.positions)
+    return min(config.data.max_length, positions or config.data.max_length)
 
 
 def empty_run(
@@ -112,7 +114,8 @@ def empty_run(
         workers = workers_for(config.training, on_cpu=card is None)
         state = build_state(model, config, rows, dtype, policy, workers=workers)
     state.total_steps = max(state.total_steps, 2)  # the plan takes two
-    documents = _most_costly_documents(head_sizes(model.config.get_text_config()), directory, config, dtype, card)
+    heads = head_sizes(model.config.get_text_config())
+    documents = _most_costly_documents(heads, positions_before(model), directory, config, dtype, card)
     pack = longest_pack(directory, config, state.loader.packing, documents)
     return state, as_fake(pack, fake.mode), fake
 
@@ -185,6 +188,7 @@ def _of_any_text(_: str) -> dict[str, list[int]]:
 
 def _most_costly_documents(
     heads: tuple[int, int, int] | None,  # as head_sizes gives them
+    before: int,  # keys of a prefix, which attention has for each document
     directory: ModelDirectory,
     config: RunConfig,
     dtype: torch.dtype,
@@ -192,15 +196,18 @@ def _most_costly_documents(
 ) -> int:
     """Find in how many documents the longest pack takes most memory, of those it can have: at most a step's rows.
 
-    Flash attention's backward pads each, and where it is deterministic has fewer sums the more there are.
+    Flash attention's backward pads each, and where it is deterministic has fewer sums the more there are; a prefix is
+    before each.
     """
+    most = config.training.global_batch_size
     if card is None or heads is None or card.flash_refusal(dtype, heads[2]) is not None:
-        return 2
+        return most if before else 2
     query_heads, key_heads, head_dim = heads
     length, processors = longest_row(directory, config), card.processors_summed_over(dtype)
     tokens = min(max(micro_batch_tokens(config), length), length * config.training.global_batch_size)
 
     def inside(documents: int) -> int:
-        return flash_backward_bytes(tokens, query_heads, key_heads, head_dim, dtype.itemsize, documents, processors)
+        rows = tokens + before * documents
+        return flash_backward_bytes(rows, query_heads, key_heads, head_dim, dtype.itemsize, documents, processors)
 
-    return max(-(-tokens // length), config.training.global_batch_size, key=inside)
+    return max(-(-tokens // length), most, key=inside)

@@ -107,7 +107,7 @@ def longest_context(
     Returns:
         The plan; None where not even a row of GRAIN tokens fits.
     """
-    limit = directory.facts.positions or LONGEST_SEARCHED
+    limit = config.adapter.positions_of_rows(directory.facts.positions) or LONGEST_SEARCHED
     rounded = range(GRAIN, limit + 1, GRAIN)
     sizes = [size for size in rounded if size > config.adapter.leading_tokens] or [limit]
     progress("planning other lengths", 0, None)

@@ -103,7 +103,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progr
     return prepare(
         config.data,
         tokenizer,
-        max_positions=model.facts.positions,
+        max_positions=config.adapter.positions_of_rows(model.facts.positions),
         seed=config.training.seed,
         cache_dir=user_cache() / "data",
         vocab_size=model.facts.vocabulary,

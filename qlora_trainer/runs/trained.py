@@ -108,7 +108,7 @@ def open_trained(directory: Path, progress: Progress = silent, **model_settings:
     base = load_base(model, settings, user_cache(), progress)
     if difference := run.fingerprint.difference(base.fingerprint):
         raise CheckpointError(f"The base {settings.name} is not the one this adapter was trained on: {difference}.")
-    add_adapters(base.model, run.config.adapter, run.config.training.seed, tokenizer)
+    add_adapters(base.model, run.config.adapter.as_stored, run.config.training.seed, tokenizer)
     load_adapter_state(base.model, run.adapter.tensors)
     base.model.eval()
     return Trained(**vars(run), renderer=run_renderer(run.config, tokenizer, model), base=base)

@@ -19,6 +19,8 @@ from qlora_trainer.adapters.trainable import leading_ids
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.evaluation_mode import evaluation_mode
+from qlora_trainer.model.modules.packed_attention import has_window
+from qlora_trainer.model.modules.prefix_cache import positions_before
 
 # Of a batch's mask, at most. Attention makes another of it in the dtype of computation, two to four times as large.
 MASK_BYTES = 2**26
@@ -37,7 +39,8 @@ def generate_answers(
 ) -> list[str]:
     """Answer each prompt greedily, as text without the token that ends the answer; the model's mode is restored.
 
-    Prompts of like length share a batch of up to `batch_size`, or of as many as MASK_BYTES allow.
+    Prompts of like length share a batch of up to `batch_size`, or of as many as MASK_BYTES allow; of the same length,
+    where the model has a prefix and a window.
 
     Args:
         model: a causal language model of transformers.
@@ -54,12 +57,16 @@ def generate_answers(
     ids = [leading + prompt.input_ids for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     stop_token_ids = sorted({token for prompt in prompts for token in prompt.stop_token_ids})
+    # A window counts the padding between a prefix and the tokens of a shorter prompt.
+    same_length_only = positions_before(model) > 0 and has_window(model.config.get_text_config())
     answers = [""] * len(prompts)
     start = 0
     with evaluation_mode(model):
         while start < len(order):
             progress("answering", start, len(order))
             lengths = [len(ids[index]) for index in order[start : start + batch_size]]
+            if same_length_only:
+                lengths = [length for length in lengths if length == lengths[0]]
             chosen = order[start : start + _rows_together(lengths)]
             start += len(chosen)
             input_ids, attention_mask = _left_padded([ids[index] for index in chosen], _device(model))

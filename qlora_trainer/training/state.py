@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_trainer.adapters.inject import lora_layers
 from qlora_trainer.adapters.layers import LoRALinear
-from qlora_trainer.adapters.trainable import adapter_modules, leading_ids
+from qlora_trainer.adapters.trainable import adapter_modules, leading_ids, trained_beside_file
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture
@@ -30,6 +30,7 @@ Smaller = Callable[[Policy, int, list[int]], "tuple[Policy, int] | None"]
 """(policy, most tokens of a micro-batch, tokens of the rows that ran out of memory) -> what to go on with, by plan."""
 
 POLICY_SETTINGS = ("activation_checkpointing", "uncheckpointed_layers", "offload_every_n_layers")
+_BESIDE = "adapter."  # what trains and is in no file of the adapter
 
 
 @dataclasses.dataclass
@@ -79,14 +80,15 @@ class TrainState:
         self.loader.micro_batch_tokens, self.policy = micro_batch_tokens, policy
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return optimizer, loss scale, data cursor and random state. Adapters are saved apart.
+        """Return optimizer, loss scale, data cursor, random state, and what trains and is in no file of the adapter.
 
         Returns:
             Tensors by name, and JSON.
         """
         tensors, optimizer = self.optimizer.state_dict()
         random_tensors, random_json = rng_state()
-        return {**{f"optimizer.{k}": v for k, v in tensors.items()}, **random_tensors}, {
+        beside = {f"{_BESIDE}{k}": p.detach().to("cpu", copy=True) for k, p in trained_beside_file(self.model).items()}
+        return {**{f"optimizer.{k}": v for k, v in tensors.items()}, **beside, **random_tensors}, {
             "step": self.step,
             "updates": self.updates,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -189,6 +191,18 @@ def build_state(
         patches=patches,
         workers=workers,
     )
+
+
+def beside_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Find what trained and is in no file of the adapter, in the state of a checkpoint.
+
+    Args:
+        tensors: of `TrainState.state_dict`.
+
+    Returns:
+        By the names that `load_adapter_state` takes; none for most kinds of adapters.
+    """
+    return {name.removeprefix(_BESIDE): tensor for name, tensor in tensors.items() if name.startswith(_BESIDE)}
 
 
 def total_steps(config: RunConfig, loader: StepLoader) -> int:

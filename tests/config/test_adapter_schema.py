@@ -29,6 +29,8 @@ OTHER_VALUES: dict[str, Any] = {
     "placement": "mlp",
     "virtual_tokens": 7,
     "prompt_init_text": "Answer.",
+    "prefix_projection": True,
+    "prefix_hidden_size": 8,
 }
 FOREIGN = [(kind, name) for kind in SETTINGS_OF_KIND for name in sorted(settings_of_others(kind))]
 
@@ -76,3 +78,20 @@ def test_virtual_tokens_leave_space_for_a_row() -> None:
 def test_a_text_to_begin_with_is_not_empty() -> None:
     with pytest.raises(ConfigError, match=r"adapter\.prompt_init_text: is empty"):
         config_of(kind="prompt", prompt_init_text=" ")
+
+
+def test_the_mlp_of_a_prefix_has_a_width_only_where_there_is_one_and_starts_from_no_file() -> None:
+    with pytest.raises(ConfigError, match=r"prefix_hidden_size has no effect without adapter\.prefix_projection=true"):
+        config_of(kind="prefix", prefix_hidden_size=8)
+    with pytest.raises(ConfigError, match=r"no MLP that made it.*set adapter\.prefix_projection=false"):
+        config_of(kind="prefix", prefix_projection=True, init_from="adapter")
+    assert config_of(kind="prefix", prefix_projection=True).adapter.as_stored == config_of(kind="prefix").adapter
+
+
+def test_a_prefix_takes_positions_of_the_model_and_no_tokens_of_rows() -> None:
+    prefix, prompt = (config_of(kind=kind, virtual_tokens=30).adapter for kind in ("prefix", "prompt"))
+    assert (prefix.leading_tokens, prompt.leading_tokens) == (0, 30)
+    assert (prefix.positions_of_rows(32), prompt.positions_of_rows(32)) == (2, 32)
+    assert prefix.positions_of_rows(None) is None
+    with pytest.raises(ConfigError, match=r"virtual_tokens is 30, and the model has 30 positions"):
+        prefix.positions_of_rows(30)

@@ -64,6 +64,13 @@ SETTINGS: list[dict[str, dict[str, Any]]] = [
     {"adapter": {"dtype": "bfloat16", "rank": 16}},
     {"adapter": {"kind": "bottleneck", "bottleneck_size": 16}, "training": {"activation_checkpointing": "none"}},
     {"adapter": {"kind": "bottleneck"}, "training": {"activation_checkpointing": "full"}, "data": {"max_length": 256}},
+    {"adapter": {"kind": "prefix"}, "training": {"activation_checkpointing": "none"}},
+    {
+        "adapter": {"kind": "prefix", "prefix_projection": True, "prefix_hidden_size": 64},
+        "training": {"activation_checkpointing": "offload"},
+        "data": {"max_length": 256},
+    },
+    {"adapter": {"kind": "prefix"}, "training": {"activation_checkpointing": "full"}, "data": {"packing": False}},
     {
         "model": {"embeddings": "cpu", "lm_head": "4bit"},
         "adapter": {"dtype": "bfloat16"},
@@ -93,7 +100,8 @@ def test_fake_and_real_steps_take_the_same_bytes(
         planned, _ = track_steps(state, pack)
 
     real = start_run(config).state
-    real_pack = longest_pack(ModelDirectory.open(directory), config, real.loader.packing)
+    documents = 2 if pack.cu_seqlens is None else len(pack.cu_seqlens) - 1
+    real_pack = longest_pack(ModelDirectory.open(directory), config, real.loader.packing, documents)
     measured, _ = track_steps(real, real_pack)
     assert planned.peak == measured.peak
     assert [event.bytes for event in planned.trace] == [event.bytes for event in measured.trace]

@@ -12,17 +12,20 @@ from qlora_trainer.adapters.kinds.ia3_file import Ia3FileConfig
 from qlora_trainer.adapters.kinds.kind import AdapterKind
 from qlora_trainer.adapters.kinds.lora import LORA_KIND
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig
+from qlora_trainer.adapters.kinds.prefix import PREFIX_KIND
+from qlora_trainer.adapters.kinds.prefix_file import PrefixFileConfig
 from qlora_trainer.adapters.kinds.prompt import PROMPT_KIND
 from qlora_trainer.adapters.kinds.prompt_file import PromptFileConfig
 from qlora_trainer.config.schema import AdapterConfig
 
-_KINDS = (LORA_KIND, DORA_KIND, IA3_KIND, BOTTLENECK_KIND, PROMPT_KIND)
+_KINDS = (LORA_KIND, DORA_KIND, IA3_KIND, BOTTLENECK_KIND, PROMPT_KIND, PREFIX_KIND)
 ADAPTER_KINDS: Mapping[str, AdapterKind] = {kind.name: kind for kind in _KINDS}
 FILES: Mapping[str, type[FileConfig]] = {
     "LORA": LoraFileConfig,
     "IA3": Ia3FileConfig,
     "BOTTLENECK": BottleneckFileConfig,
     "PROMPT_TUNING": PromptFileConfig,
+    "PREFIX_TUNING": PrefixFileConfig,
 }
 """Configs of files by peft_type."""
 

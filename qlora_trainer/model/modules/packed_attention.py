@@ -9,7 +9,7 @@ A model that does not use the registry, or whose layers mix tokens in other ways
 other. `attends_apart` tries it, and such a model is trained on right-padded rows instead. One that cannot run a plain
 forward on token and position ids cannot be trained at all.
 
-Legend: T tokens, N documents, D numbers of a head, Hq query heads, Hkv key heads.
+Legend: T tokens, N documents, D numbers of a head, Hq query heads, Hkv key heads, P keys of a prefix of each document.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from qlora_kernels.card import Card, attention_in_words
+from qlora_kernels.prefix_layout import PrefixLayout, outputs_of_tokens, queries_in_places
 from qlora_kernels.varlen_attention import varlen_attention
 from qlora_trainer.common.boundary import as_model_error, is_from_library
 from qlora_trainer.common.transformers_internals import attention_name, set_attention_name
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.modules.experts import has_experts
+from qlora_trainer.model.modules.prefix_cache import positions_before
 
 NAME = "qlora_packed"
 LONGEST_WINDOW_TRIED = 512  # tokens; a longer document would cost too much on a CPU
@@ -38,12 +40,13 @@ _CONFIGS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 def packed_attention(
     module: nn.Module,
     query: Tensor,  # (1, Hq, T, D)
-    key: Tensor,  # (1, Hkv, T, D)
-    value: Tensor,  # (1, Hkv, T, D)
+    key: Tensor,  # (1, Hkv, T, D), or with prefixes (1, Hkv, T + N P, D)
+    value: Tensor,  # likewise, (1, Hkv, T, D)
     attention_mask: Tensor | None,
     *,
     document_bounds: list[int],  # (N + 1,) first token of each document, and T
     bounds_on_device: Tensor | None = None,  # (N + 1,) int32
+    prefix_layout: PrefixLayout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -60,6 +63,7 @@ def packed_attention(
         attention_mask: of any shape, not used; transformers makes none.
         document_bounds: the row's documents.
         bounds_on_device: the same on the query's device; None: they are copied there where they are needed.
+        prefix_layout: where keys and values have a prefix before each document, as the bounds have; None: they do not.
         scaling: of the scores; by default 1 / sqrt(D).
         dropout: probability, of the attention weights.
         sliding_window: tokens that a token sees, itself counted; None: all before it.
@@ -70,6 +74,8 @@ def packed_attention(
         (output (1, T, Hq, D), None in place of the attention weights).
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if prefix_layout is not None:
+        query = queries_in_places(query, prefix_layout)
     output = varlen_attention(
         query,
         key,
@@ -81,7 +87,7 @@ def packed_attention(
         softcap=softcap,
         dropout=dropout,
     )
-    return output, None
+    return output if prefix_layout is None else outputs_of_tokens(output, prefix_layout), None
 
 
 @contextmanager
@@ -124,7 +130,7 @@ def attends_apart(model: Any, vocab_size: int) -> bool | None:
         Exception: the device failed, or memory ran out.
     """
     config = model.config.get_text_config()
-    first, second = _probe_length(config), 7
+    first, second = _probe_length(config, positions_before(model)), 7
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (1, first + second), generator=generator).to(device)
@@ -149,7 +155,7 @@ def attends_apart(model: Any, vocab_size: int) -> bool | None:
             raise
         # The model passes our arguments to code that does not know them, or needs the mask, which is not made.
         return False
-    if _has_window(config) and windows <= {None}:
+    if has_window(config) and windows <= {None}:
         return False  # its window works only through a mask, and a packed forward has none
     expected = torch.cat(alone, dim=1)[0].float()
     if not torch.isfinite(expected).all():
@@ -214,23 +220,35 @@ def cannot_be_trained(model: Any) -> Callable[[BaseException], str]:
     Returns:
         A function that makes the message of an error.
     """
+    if positions_before(model):
+        return lambda error: (
+            f"{type(model).__name__} cannot have a prefix: with keys and values before its own, its forward fails with "
+            f"{type(error).__name__}: {error}. Choose another adapter.kind, or a base of another architecture."
+        )
     return lambda error: (
         f"{type(model).__name__} cannot be trained here: given only input_ids and position_ids, its forward fails "
         f"with {type(error).__name__}: {error}. Choose a base of another architecture."
     )
 
 
-def _probe_length(config: Any) -> int:
-    """Choose the tokens of the first probe document: past the window, if affordable and within the positions."""
+def _probe_length(config: Any, before: int) -> int:
+    """Choose the tokens of the first probe document: past the window, if affordable and within the positions left."""
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     longest = max((w for w in windows if isinstance(w, int) and w <= LONGEST_WINDOW_TRIED), default=0)
-    return min(longest + 12, getattr(config, "max_position_embeddings", None) or longest + 12)
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(longest + 12, positions - before if positions else longest + 12)
 
 
-def _has_window(config: Any) -> bool:
+def has_window(config: Any) -> bool:
     """Return True if some layer sees only the nearest tokens, or a chunk of them: it must then pass us a window.
 
     This holds for windows of any length, also those too long to try. A chunked layer has no window to pass.
+
+    Args:
+        config: of the text model.
+
+    Returns:
+        True if one does.
     """
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention", "chunked_attention"]
     windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
