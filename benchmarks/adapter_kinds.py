@@ -33,8 +33,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "ia3": {"kind": "ia3"},
     "bottleneck": {"kind": "bottleneck", "bottleneck_size": 64},
     "prompt": {"kind": "prompt", "virtual_tokens": 20},
+    "prefix": {"kind": "prefix", "virtual_tokens": 20},
 }
-RATES = {"lora": 1e-3, "dora": 1e-3, "ia3": 1e-2, "bottleneck": 1e-3, "prompt": 3e-2}
+RATES = {"lora": 1e-3, "dora": 1e-3, "ia3": 1e-2, "bottleneck": 1e-3, "prompt": 3e-2, "prefix": 1e-2}
 FIRST_STEPS = 4
 """Steps of the run that tells how long a step takes; the first of them is left out."""
 

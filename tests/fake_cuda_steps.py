@@ -163,13 +163,18 @@ def to_cuda(model: nn.Module) -> None:
 
 
 def operations_of(
-    fake: FakeRun, dtype: torch.dtype, optimizer: str, level: str, embeddings: str = "device"
+    fake: FakeRun,
+    dtype: torch.dtype,
+    optimizer: str,
+    level: str,
+    embeddings: str = "device",
+    adapter: dict[str, Any] | None = None,
 ) -> dict[str, list[str]]:
     """Those of two steps, and of a step of generation; and what the host waits for in the two steps."""
     config = make_config(
         {
             "model": {"name": str(MODEL)},
-            "adapter": {"rank": 8, "dropout": 0.1},
+            "adapter": adapter or {"rank": 8, "dropout": 0.1},
             "optimizer": {"name": optimizer},
             "data": {"train": "rows.jsonl", "max_length": 128},
             "training": {"global_batch_size": 2, "activation_checkpointing": level},
@@ -212,6 +217,7 @@ if __name__ == "__main__":
         "bf16, tiled": (torch.bfloat16, "paged_adamw_8bit", "tiled"),
         "bf16, embeddings on the CPU": (torch.bfloat16, "paged_adamw_32bit", "none", "cpu"),
         "fp32, full": (torch.float32, "adamw", "full"),
+        "bf16, a prefix": (torch.bfloat16, "adamw", "full", "device", {"kind": "prefix"}),
     }
     fake = FakeRun()  # one for all: what is kept from step to step, such as the code of NF4, belongs to it
     print(json.dumps({name: operations_of(fake, *setting) for name, setting in settings.items()}))
