@@ -2,7 +2,7 @@
 
 A document of L tokens with a prefix of P keys becomes one of P + L tokens, so attention over documents
 (varlen_attention.py) takes it as it takes any other, on every device, with windows that count the prefix. The prefix
-has no queries: the query of the document's first token stands in their places, and what it gives there is dropped, with
+has no queries: that of the document's first token is in their places, and what it gives there is dropped, with
 its gradient. That costs attention P more rows a document; keys and queries of other numbers would need another
 alignment of every fused kernel. Left out: what the trained keys and values are.
 

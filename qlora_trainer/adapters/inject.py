@@ -24,7 +24,7 @@ from qlora_trainer.adapters.trainable import (
     adapter_modules,
     biased_modules,
     trainable_parameters,
-    trained_beside_file,
+    trained_outside_file,
 )
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.common.units import counted
@@ -83,13 +83,13 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         Tensors by PEFT's names, in the dtype of what trains.
     """
-    owners, beside = _owners(model), trained_beside_file(model)
+    owners, outside = _owners(model), trained_outside_file(model)
     state: dict[str, Tensor] = {}
     for module in adapter_modules(model).values():
         with torch.no_grad():
             state |= {name: values.to("cpu", copy=True) for name, values in module.made_for_file().items()}
     for name, parameter in trainable_parameters(model):
-        if name in beside:
+        if name in outside:
             continue
         values = parameter.detach().to("cpu", copy=True)  # first, so that it takes nothing of a full device
         owner = owners.get(id(parameter))
@@ -102,13 +102,13 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Args:
         model: with adapters.
-        tensors: by PEFT's names; where the file holds what is made of what trains, those of `trained_beside_file`.
+        tensors: by PEFT's names; where the file holds what is made of what trains, those of `trained_outside_file`.
 
     Raises:
         AdapterError: the tensors are not those of this model's adapters; nothing was changed.
     """
     parameters = dict(trainable_parameters(model))
-    if (beside := trained_beside_file(model)) and beside.keys().isdisjoint(tensors):
+    if (outside := trained_outside_file(model)) and outside.keys().isdisjoint(tensors):
         raise AdapterError(
             "The adapter holds a prefix and not the MLP that the model would train it through. Set "
             "adapter.prefix_projection=false."

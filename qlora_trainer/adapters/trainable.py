@@ -261,7 +261,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
             yield stored.get(id(parameter), other), parameter
 
 
-def trained_beside_file(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_outside_file(model: nn.Module) -> dict[str, nn.Parameter]:
     """Find what trains and is in no file of the adapter, as the file holds what is made of it.
 
     Args:

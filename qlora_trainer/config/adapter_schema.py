@@ -204,7 +204,7 @@ class AdapterConfig(Section):
             raise ValueError(f"{names} {have} no effect with adapter.kind={self.kind}; leave {them} out")
         if not self.prefix_projection and self.prefix_hidden_size != fields["prefix_hidden_size"].get_default():
             raise ValueError(
-                "adapter.prefix_hidden_size has no effect without adapter.prefix_projection=true; leave it out"
+                "adapter.prefix_hidden_size has no effect where adapter.prefix_projection is false; leave it out"
             )
         if self.prefix_projection and self.init_from is not None:
             raise ValueError(

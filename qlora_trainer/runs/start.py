@@ -56,7 +56,7 @@ from qlora_trainer.runs.untrained_tokens import untrained_token_warnings
 from qlora_trainer.training.determinism import set_up_cublas, workers_for
 from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.memory.managed_memory import paging_refusal
-from qlora_trainer.training.state import as_saved, beside_file, build_state
+from qlora_trainer.training.state import as_saved, build_state, state_outside_file
 from qlora_trainer.weights.gguf.importer import import_warnings
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -153,7 +153,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
             "A resumed run would not be the one that was started. Restore the data, or start a new run with "
             f"{override('adapter.init_from', str(found.path))}"
         )
-    load_adapter_state(run.base.model, beside_file(tensors) or adapter.tensors)
+    load_adapter_state(run.base.model, state_outside_file(tensors) or adapter.tensors)
     run.state.load_state_dict(tensors, state["training"])
     if run.plan and (lowered := lowered_warning(run.plan, in_force)):
         run.state.set_memory(limit_in_force(run.plan, config, in_force), run.plan.policy)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_trainer.adapters.inject import lora_layers
 from qlora_trainer.adapters.layers import LoRALinear
-from qlora_trainer.adapters.trainable import adapter_modules, leading_ids, trained_beside_file
+from qlora_trainer.adapters.trainable import adapter_modules, leading_ids, trained_outside_file
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture
@@ -30,7 +30,7 @@ Smaller = Callable[[Policy, int, list[int]], "tuple[Policy, int] | None"]
 """(policy, most tokens of a micro-batch, tokens of the rows that ran out of memory) -> what to go on with, by plan."""
 
 POLICY_SETTINGS = ("activation_checkpointing", "uncheckpointed_layers", "offload_every_n_layers")
-_BESIDE = "adapter."  # what trains and is in no file of the adapter
+_OUTSIDE = "adapter."  # what trains and is in no file of the adapter
 
 
 @dataclasses.dataclass
@@ -87,8 +87,10 @@ class TrainState:
         """
         tensors, optimizer = self.optimizer.state_dict()
         random_tensors, random_json = rng_state()
-        beside = {f"{_BESIDE}{k}": p.detach().to("cpu", copy=True) for k, p in trained_beside_file(self.model).items()}
-        return {**{f"optimizer.{k}": v for k, v in tensors.items()}, **beside, **random_tensors}, {
+        outside = {
+            f"{_OUTSIDE}{k}": p.detach().to("cpu", copy=True) for k, p in trained_outside_file(self.model).items()
+        }
+        return {**{f"optimizer.{k}": v for k, v in tensors.items()}, **outside, **random_tensors}, {
             "step": self.step,
             "updates": self.updates,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -193,7 +195,7 @@ def build_state(
     )
 
 
-def beside_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def state_outside_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Find what trained and is in no file of the adapter, in the state of a checkpoint.
 
     Args:
@@ -202,7 +204,7 @@ def beside_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         By the names that `load_adapter_state` takes; none for most kinds of adapters.
     """
-    return {name.removeprefix(_BESIDE): tensor for name, tensor in tensors.items() if name.startswith(_BESIDE)}
+    return {name.removeprefix(_OUTSIDE): tensor for name, tensor in tensors.items() if name.startswith(_OUTSIDE)}
 
 
 def total_steps(config: RunConfig, loader: StepLoader) -> int:

@@ -81,7 +81,9 @@ def test_a_text_to_begin_with_is_not_empty() -> None:
 
 
 def test_the_mlp_of_a_prefix_has_a_width_only_where_there_is_one_and_starts_from_no_file() -> None:
-    with pytest.raises(ConfigError, match=r"prefix_hidden_size has no effect without adapter\.prefix_projection=true"):
+    with pytest.raises(
+        ConfigError, match=r"prefix_hidden_size has no effect where adapter\.prefix_projection is false"
+    ):
         config_of(kind="prefix", prefix_hidden_size=8)
     with pytest.raises(ConfigError, match=r"no MLP that made it.*set adapter\.prefix_projection=false"):
         config_of(kind="prefix", prefix_projection=True, init_from="adapter")

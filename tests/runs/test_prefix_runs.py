@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny_runs import edit_config, final_adapter, no_load, quiet
 from torch import Tensor
 
+from qlora_kernels.card import Card
 from qlora_trainer.adapters.inject import adapter_state_dict
 from qlora_trainer.adapters.prefix import FILE_TENSOR
 from qlora_trainer.adapters.trainable import trainable_parameters
@@ -24,11 +25,13 @@ from qlora_trainer.config.load import load_config, save_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.merging import merge_run as merging
+from qlora_trainer.planning.empty_run import ASSUMED_CARD, empty_run
 from qlora_trainer.planning.memory_plan import longest_row, plan_memory
 from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained
 from qlora_trainer.training.generation import generate_answers, stream_answer
+from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
@@ -126,6 +129,17 @@ def test_the_plan_counts_the_mlp(tiny_config: Config, tiny_llama: Path) -> None:
     assert {group.name: group.weight_decay for group in run.state.groups}.keys() == {"matrix", "bias"}
     decaying = next(group for group in run.state.groups if group.name == "matrix")
     assert all(name.endswith(".weight") for name in decaying.parameters)
+
+
+@pytest.mark.parametrize("card", [None, ASSUMED_CARD], ids=["CPU", "card"])
+def test_a_plan_has_as_many_documents_as_a_step_has_rows_since_each_has_a_prefix(
+    tiny_config: Config, tiny_llama: Path, card: Card | None
+) -> None:
+    config = prefix_config(tiny_config, training={"global_batch_size": 6, "max_steps": 1})
+    dtype = torch.bfloat16 if card else torch.float32
+    _, pack, _ = empty_run(ModelDirectory.open(tiny_llama), config, dtype, Policy("none"), card=card)
+    assert pack.cu_seqlens is not None
+    assert len(pack.cu_seqlens) - 1 == 6
 
 
 def test_a_prefix_has_no_weight_decay_and_is_trained_by_one_thread(tiny_config: Config) -> None:

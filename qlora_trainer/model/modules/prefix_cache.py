@@ -24,7 +24,7 @@ LayerPrefix = tuple[Tensor, Tensor]
 
 
 class PrefixCache(DynamicCache):
-    """Be asked for what comes before a row's tokens, which is the prefix each time; nothing is kept.
+    """Give the prefix to each layer that asks for what comes before its row's tokens, and keep nothing.
 
     Args:
         prefix: by layer.
