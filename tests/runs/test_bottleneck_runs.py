@@ -1,16 +1,16 @@
-"""Promises of runs with bottleneck adapters: the laws of every run, and no merge."""
+"""Promises of runs with bottleneck adapters: what is recomputed and counted, and no merge.
+
+The laws that they share with other kinds are in tests/adapters/kinds/test_laws.py.
+"""
 
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from marks import slow_but
-from safetensors.torch import load_file
-from tiny_runs import final_adapter, gradients_of_one_step, no_load, quiet
-from torch import Tensor, nn
+from tiny_runs import gradients_of_one_step, no_load, quiet
 
 from qlora_trainer.adapters.trainable import trainable_parameters
 from qlora_trainer.common.errors import AdapterError, MergeError
@@ -22,32 +22,12 @@ from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.planning.speed.shape import count_shape
 from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.report.summary import summarize
-from qlora_trainer.runs.start import resume_run, start_run
+from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import open_trained
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
 BOTTLENECK = {"kind": "bottleneck", "bottleneck_size": 16}
-WHOLE = {"training": {"global_batch_size": 12, "micro_batch_tokens": 4096}, "optimizer": {"max_grad_norm": 1e9}}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"training": {"micro_batch_tokens": 128, "global_batch_size": 12}},
-        {"data": {"packing": False}, "training": {"global_batch_size": 12}},
-        {"training": {"activation_checkpointing": "tiled", "global_batch_size": 12}},
-    ],
-    ids=["several micro-batches", "padded", "tiled"],
-)
-def test_a_steps_gradient_does_not_depend_on_how_its_rows_are_laid_out(
-    tiny_config: Config, changes: dict[str, dict[str, Any]]
-) -> None:
-    expected_loss, expected = gradients_of_one_step(tiny_config("whole", adapter=BOTTLENECK, **WHOLE))
-    loss, found = gradients_of_one_step(tiny_config("changed", adapter=BOTTLENECK, **{**WHOLE, **changes}))
-    assert loss == pytest.approx(expected_loss, rel=1e-6)
-    for gradient, whole in zip(found, expected, strict=True):
-        assert float((gradient - whole).norm() / whole.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("level", slow_but(["full", "offload"], "full"))
@@ -58,40 +38,6 @@ def test_recomputing_activations_changes_no_bit(tiny_config: Config, level: str)
     )
     assert loss == same_loss
     assert all(torch.equal(*pair) for pair in zip(kept, again, strict=True))
-
-
-def frozen(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that must not change."""
-    parameters = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    return parameters | {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-
-def test_a_resumed_run_is_the_uninterrupted_one_and_the_base_stays(tiny_config: Config) -> None:
-    changes = {"adapter": BOTTLENECK, "training": {"micro_batch_tokens": 128}}
-    whole = start_run(tiny_config("whole", **changes))
-    before = frozen(whole.base.model)
-    assert whole.train(quiet)
-    after = frozen(whole.base.model)
-    assert before.keys() == after.keys()
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
-
-    stopped = start_run(tiny_config("parts", **changes))
-    assert not stopped.train(quiet, stop_after=5)
-    torch.manual_seed(12345)  # what a new process would hold
-    resumed = resume_run(stopped.directory)
-    assert resumed.warnings == []
-    assert resumed.train(quiet)
-
-    def saved(directory: Path) -> dict[str, Tensor]:
-        newest = max((directory / "checkpoints").iterdir())
-        return load_file(newest / "adapter_model.safetensors") | load_file(newest / "trainer_state.safetensors")
-
-    expected, found = saved(whole.directory), saved(resumed.directory)
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-    adapter = final_adapter(whole.directory)
-    assert len(adapter) == 16
-    assert all(tensor.any() for tensor in adapter.values()), "all of each adapter is trained"
 
 
 def test_matrices_decay_and_biases_do_not_and_a_micro_batch_is_taken_whole(tiny_config: Config) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from safetensors.torch import load_file
 from tiny_runs import edit_config, final_adapter, no_load, quiet
 from torch import Tensor
@@ -56,6 +57,7 @@ def prefixed(tiny_config: Config) -> Path:
     return run.directory
 
 
+@pytest.mark.slow
 def test_a_prefix_takes_positions_of_the_model_and_no_tokens_of_rows(
     tiny_config: Config, tiny_models: Callable[[str], Path], rows: Path
 ) -> None:
@@ -72,7 +74,7 @@ def test_a_prefix_takes_positions_of_the_model_and_no_tokens_of_rows(
         start_run(prefix_config(tiny_config, "none", adapter={"virtual_tokens": 512}, data=data))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", slow_but(["llama", "mistral"], "mistral"))
 def test_answers_are_those_of_the_forward_with_the_prefix_in_any_batch(
     tiny_config: Config, tiny_models: Callable[[str], Path], family: str
 ) -> None:
@@ -119,6 +121,7 @@ def test_a_run_through_an_mlp_resumes_bit_for_bit_and_ships_the_prefix(tiny_conf
     assert evaluate_trained(trained, answers=1)["eval_loss"] > 0
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_mlp(tiny_config: Config, tiny_llama: Path) -> None:
     config = tiny_config(adapter=PROJECTED)
     plan = plan_memory(ModelDirectory.open(tiny_llama), config)
@@ -131,7 +134,7 @@ def test_the_plan_counts_the_mlp(tiny_config: Config, tiny_llama: Path) -> None:
     assert all(name.endswith(".weight") for name in decaying.parameters)
 
 
-@pytest.mark.parametrize("card", [None, ASSUMED_CARD], ids=["CPU", "card"])
+@pytest.mark.parametrize("card", slow_but([None, ASSUMED_CARD], None), ids=["CPU", "card"])
 def test_a_plan_has_as_many_documents_as_a_step_has_rows_since_each_has_a_prefix(
     tiny_config: Config, tiny_llama: Path, card: Card | None
 ) -> None:
