@@ -158,6 +158,12 @@ class TrainingConfig(Section):
         "are computed from it again.",
     )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of initial adapters, dropout, and the order of rows.")
+    neftune_noise_alpha: float = Field(
+        0.0,
+        ge=0.0,
+        description="Size of the noise on input embeddings in training (NEFTune, Jain et al. 2023, who take 5 to 15); "
+        "0: none.",
+    )
     deterministic: bool = Field(False, description="On CUDA too, repeat runs bit for bit; this takes time and memory.")
     cpu_workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",

@@ -27,7 +27,8 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
         return config.learning_rate * (step + 1) / warmup
     if config.schedule == "constant":
         return config.learning_rate
-    shape, start = config.schedule, warmup
+    shape: str = config.schedule
+    start = warmup
     if config.schedule == "warmup_stable_decay":
         shape, start = config.decay_shape, max(warmup, total_steps - _share(config.decay_ratio, total_steps))
     left = _left(shape, max(0, step - start) / (total_steps - start), config.polynomial_power)

@@ -44,7 +44,7 @@ def peer_rates(schedule: LambdaLR, total: int) -> list[float]:
     """The rates of a schedule of transformers, step by step."""
     rates = []
     for _ in range(total):
-        rates.append(schedule.get_last_lr()[0])
+        rates.append(float(schedule.get_last_lr()[0]))
         schedule.optimizer.step()
         schedule.step()
     return rates
