@@ -67,5 +67,5 @@ def token_lengths(pack: Pack) -> Tensor:  # (B, T) or (1, T), fp32
     bounds = pack.cu_seqlens if pack.bounds_on_device is None else pack.bounds_on_device
     if bounds is None:
         return torch.full((rows, 1), float(length), device=pack.input_ids.device)
-    lengths = bounds.diff()
-    return lengths.repeat_interleave(lengths, output_size=length)[None].float()
+    ends = torch.bucketize(torch.arange(length, device=bounds.device), bounds, right=True)  # of each token's row
+    return (bounds.index_select(0, ends) - bounds.index_select(0, ends - 1))[None].float()
