@@ -20,7 +20,7 @@ from qlora_trainer.data.batching.packing import Pack
 
 
 class EmbeddingNoise:
-    """Give what a model's input embedding returns noise, in a block and on rows that are told.
+    """Give what a model's input embedding returns noise, while a block runs the rows it names.
 
     Args:
         model: of transformers.
