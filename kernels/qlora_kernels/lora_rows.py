@@ -1,0 +1,216 @@
+"""Add LoRA where each row of a batch has an adapter of its own: y += s (x A^T) B^T, by segments of rows.
+
+Rows next to each other that take the same adapter are a segment. The layer's own product is one for all rows, and is
+made before; what is added costs the same numbers as one adapter for all rows. A's of several adapters, of any ranks,
+lie below each other in one matrix, and so do their B's, transposed: so a GPU has two launches for all of them
+(`lora_rows_triton`), as in Punica (Chen et al. 2023, arXiv:2310.18547) and S-LoRA (Sheng et al. 2023,
+arXiv:2311.03285), but neither are ranks filled up with zeros nor rows sorted.
+
+A vector may scale a row's output or input too (`RowAdapter`): DoRA and IA3 are such. Left out: gradients.
+
+Legend: B rows, T tokens of a row, I in features, O out features, R rank, K ranks of all adapters together.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.products import linear
+from qlora_kernels.registry import define, from_triton
+
+
+class RowAdapter(NamedTuple):
+    """Hold what an adapter does to the rows that take it: output_scale * (x' W^T + scaling x' A^T B^T) + bias.
+
+    x' is input_scale * x. What is None changes nothing.
+    """
+
+    lora_A: Tensor | None = None  # (R, I)
+    lora_B: Tensor | None = None  # (O, R)
+    scaling: float = 1.0
+    output_scale: Tensor | None = None  # (O,), any float dtype
+    scales_bias: bool = False  # the output scale holds for the bias too
+    input_scale: Tensor | None = None  # (I,), any float dtype
+
+    @property
+    def rank(self) -> int:
+        """Return R; 0 without LoRA."""
+        return 0 if self.lora_A is None else self.lora_A.shape[0]
+
+
+@dataclass(frozen=True)
+class RowSegments:
+    """Hold which rows of a batch take which adapter, from the first row to the last."""
+
+    rows: tuple[int, ...]  # of each segment
+    adapters: tuple[int, ...]  # of each segment: the place of its adapter; -1 for none
+
+    @classmethod
+    def of(cls, adapters: Sequence[int]) -> "RowSegments":
+        """Put rows next to each other that take the same adapter into one segment.
+
+        Args:
+            adapters: by row the place of its adapter; -1 for none.
+
+        Returns:
+            The segments.
+        """
+        found = [(place, len(list(group))) for place, group in itertools.groupby(adapters)]
+        return cls(tuple(count for _, count in found), tuple(place for place, _ in found))
+
+    @property
+    def batch(self) -> int:
+        """Return B."""
+        return sum(self.rows)
+
+    def slices(self) -> list[tuple[slice, int]]:
+        """List the segments.
+
+        Returns:
+            (rows, place of the adapter or -1) of each.
+        """
+        ends = itertools.accumulate(self.rows)
+        pairs = zip(self.rows, ends, self.adapters, strict=True)
+        return [(slice(end - count, end), place) for count, end, place in pairs]
+
+
+class LoraStack(NamedTuple):
+    """Hold the LoRA of several adapters on one layer, below each other, in the dtype of the products."""
+
+    A: Tensor  # (K, I)
+    B: Tensor  # (K, O): the transposes of the adapters' B
+    ranks: tuple[int, ...]  # of each adapter; 0 for one without LoRA on this layer
+    scalings: tuple[float, ...]
+
+    @classmethod
+    def of(cls, adapters: Sequence[RowAdapter | None], dtype: torch.dtype) -> "LoraStack | None":
+        """Copy the adapters' matrices into one.
+
+        Args:
+            adapters: by place; None for one that does not adapt this layer.
+            dtype: of the products.
+
+        Returns:
+            The stack; None where no adapter has LoRA.
+        """
+        factors_A = [one.lora_A for one in adapters if one is not None and one.lora_A is not None]
+        factors_B = [one.lora_B for one in adapters if one is not None and one.lora_B is not None]
+        if not factors_A:
+            return None
+        return cls(
+            torch.cat([A.detach().to(dtype) for A in factors_A]),
+            torch.cat([B.detach().T.to(dtype) for B in factors_B]),
+            tuple(0 if one is None else one.rank for one in adapters),
+            tuple(1.0 if one is None else one.scaling for one in adapters),
+        )
+
+
+def add_lora_rows_(
+    output: Tensor,  # (B, T, O), contiguous
+    x: Tensor,  # (B, T, I), of the same dtype
+    stack: LoraStack,
+    segments: RowSegments,
+) -> Tensor:  # (B, T, O)
+    """Add to each row the output of its adapter, scaling * x A^T B^T, in place and without gradients.
+
+    Args:
+        output: of the layer without adapters.
+        x: the layer's input.
+        stack: of the adapters, in x's dtype.
+        segments: of the rows.
+
+    Returns:
+        `output`.
+    """
+    assert output.is_contiguous(), "rows are changed in place"
+    assert segments.batch == len(x), "each row is in one segment"
+    torch.ops.qlora_kernels.add_lora_rows(
+        output, x, stack.A, stack.B, segments.rows, segments.adapters, stack.ranks, stack.scalings
+    )
+    return output
+
+
+def add_lora_rows_torch(
+    output: Tensor,  # (B, T, O), contiguous
+    x: Tensor,  # (B, T, I)
+    A: Tensor,  # (K, I)
+    B: Tensor,  # (K, O)
+    rows: Sequence[int],
+    adapters: Sequence[int],
+    ranks: Sequence[int],
+    scalings: Sequence[float],
+) -> None:
+    """Define `add_lora_rows_` in plain torch: a segment after the other.
+
+    Args:
+        output: is added to.
+        x: the input.
+        A: of all adapters.
+        B: of all adapters.
+        rows: of each segment.
+        adapters: of each segment, -1 for none.
+        ranks: of each adapter.
+        scalings: of each adapter.
+    """
+    ends = list(itertools.accumulate(ranks, initial=0))
+    for some, place in RowSegments(tuple(rows), tuple(adapters)).slices():
+        if place < 0 or not ranks[place]:
+            continue
+        own = slice(ends[place], ends[place + 1])
+        low_rank = linear(x[some].flatten(0, 1), A[own])
+        output[some].view(-1, output.shape[2]).addmm_(low_rank, B[own], alpha=scalings[place])
+
+
+class RowTile(NamedTuple):
+    """Hold tokens next to each other that take one adapter, as many as a program takes."""
+
+    token: int  # the first
+    tokens: int
+    rank: int  # the first of the adapter, among those of all
+    ranks: int
+    scaling: float
+
+
+def row_tiles(
+    rows: Sequence[int],
+    adapters: Sequence[int],
+    ranks: Sequence[int],
+    scalings: Sequence[float],
+    row_tokens: int,
+    tile_tokens: int,
+) -> list[RowTile]:
+    """Divide the segments that have LoRA into tiles.
+
+    Args:
+        rows: of each segment.
+        adapters: of each segment, -1 for none.
+        ranks: of each adapter.
+        scalings: of each adapter.
+        row_tokens: T.
+        tile_tokens: most tokens of a tile.
+
+    Returns:
+        The tiles, in order of their tokens.
+    """
+    ends = list(itertools.accumulate(ranks, initial=0))
+    tiles = []
+    for some, place in RowSegments(tuple(rows), tuple(adapters)).slices():
+        if place >= 0 and ranks[place]:
+            stop = some.stop * row_tokens
+            for token in range(some.start * row_tokens, stop, tile_tokens):
+                tokens = min(tile_tokens, stop - token)
+                tiles.append(RowTile(token, tokens, ends[place], ranks[place], scalings[place]))
+    return tiles
+
+
+define(
+    "add_lora_rows(Tensor(a!) output, Tensor x, Tensor A, Tensor B, int[] rows, int[] adapters, int[] ranks,"
+    " float[] scalings) -> ()",
+    add_lora_rows_torch,
+    lambda *arguments: None,
+    cuda=from_triton("lora_rows_triton", "add_lora_rows_triton"),
+)
