@@ -46,6 +46,7 @@ class Case:
     on_tensor_cores: bool = False
     oldest: int = 75  # architecture that launches it
     is_variant: bool = False  # of a case that is here in another dtype or setting
+    quick_on: tuple[int, ...] | None = None  # architectures that the quick tests compile it for; None: all
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def _lora_rows() -> dict[str, Case]:
             on_tensor_cores=dtype != "fp32",
             oldest=75 if dtype == "fp32" else 80,
             is_variant=dtype != "bf16" or not multiples,
+            quick_on=(86,) if dtype == "bf16" else (),
         )
 
     def shrink(dtype: str, *multiples: str) -> Case:

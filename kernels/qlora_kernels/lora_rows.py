@@ -11,15 +11,17 @@ A vector may scale a row's output or input too (`RowAdapter`): DoRA and IA3 are 
 Legend: B rows, T tokens of a row, I in features, O out features, R rank, K ranks of all adapters together.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kernels.products import linear
+from qlora_kernels.products import FEW_STEP, linear
 from qlora_kernels.registry import define, from_triton
 
 
@@ -62,11 +64,12 @@ class RowSegments:
         found = [(place, len(list(group))) for place, group in itertools.groupby(adapters)]
         return cls(tuple(count for _, count in found), tuple(place for place, _ in found))
 
-    @property
+    @functools.cached_property
     def batch(self) -> int:
         """Return B."""
         return sum(self.rows)
 
+    @functools.cached_property
     def slices(self) -> list[tuple[slice, int]]:
         """List the segments.
 
@@ -156,13 +159,14 @@ def add_lora_rows_torch(
         ranks: of each adapter.
         scalings: of each adapter.
     """
-    ends = list(itertools.accumulate(ranks, initial=0))
-    for some, place in RowSegments(tuple(rows), tuple(adapters)).slices():
-        if place < 0 or not ranks[place]:
-            continue
-        own = slice(ends[place], ends[place + 1])
-        low_rank = linear(x[some].flatten(0, 1), A[own])
-        output[some].view(-1, output.shape[2]).addmm_(low_rank, B[own], alpha=scalings[place])
+    counts = [count * x.shape[1] for count in rows]
+    tokens, outputs = x.flatten(0, 1).split(counts), output.view(-1, output.shape[2]).split(counts)
+    of_A, of_B = A.split(list(ranks)), B.split(list(ranks))
+    for some, onto, place in zip(tokens, outputs, adapters, strict=True):
+        if place >= 0 and ranks[place]:
+            # Of so few tokens both give the same bits, and the first has no call of an operation of ours to pay.
+            multiply = F.linear if len(some) < FEW_STEP else linear
+            onto.addmm_(multiply(some, of_A[place]), of_B[place], alpha=scalings[place])
 
 
 class RowTile(NamedTuple):
@@ -198,7 +202,7 @@ def row_tiles(
     """
     ends = list(itertools.accumulate(ranks, initial=0))
     tiles = []
-    for some, place in RowSegments(tuple(rows), tuple(adapters)).slices():
+    for some, place in RowSegments(tuple(rows), tuple(adapters)).slices:
         if place >= 0 and ranks[place]:
             stop = some.stop * row_tokens
             for token in range(some.start * row_tokens, stop, tile_tokens):

@@ -60,7 +60,7 @@ def test_rows_that_take_no_lora_are_not_written() -> None:
 def test_rows_next_to_each_other_with_one_adapter_are_one_segment() -> None:
     segments = RowSegments.of([2, 2, -1, 0, 2])
     assert (segments.rows, segments.adapters, segments.batch) == ((2, 1, 1, 1), (2, -1, 0, 2), 5)
-    assert segments.slices() == [(slice(0, 2), 2), (slice(2, 3), -1), (slice(3, 4), 0), (slice(4, 5), 2)]
+    assert segments.slices == [(slice(0, 2), 2), (slice(2, 3), -1), (slice(3, 4), 0), (slice(4, 5), 2)]
     assert RowSegments.of([]).batch == 0
 
 
