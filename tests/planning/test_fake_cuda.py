@@ -50,7 +50,7 @@ def test_a_step_waits_for_the_device_once(found: dict[str, dict[str, list[str]]]
 def test_every_setting_takes_its_steps_and_generates(operations: dict[str, set[str]]) -> None:
     for name, seen in operations.items():
         both_ways = ("rms_norm", "rms_norm_backward", "gated_product", "gated_gradients", "rotate", "dequantize_nf4")
-        for operation in (*both_ways, "keep_mask", "nf4_matmul_few", "softmax_loss"):
+        for operation in (*both_ways, "keep_mask", "nf4_matmul_few", "softmax_loss", "add_lora_rows"):
             assert f"qlora_kernels::{operation}" in seen, f"{name}: {operation}"
 
 
