@@ -66,7 +66,11 @@ class RowSegments:
 
     @functools.cached_property
     def batch(self) -> int:
-        """Return B."""
+        """Count the rows.
+
+        Returns:
+            B.
+        """
         return sum(self.rows)
 
     @functools.cached_property

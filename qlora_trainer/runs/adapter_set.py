@@ -32,6 +32,7 @@ from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.load import Base
+from qlora_trainer.model.modules.nf4_linear import share_workspaces
 from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import resolve_model
 from qlora_trainer.runs.directory import RUN_CONFIG_NAME
@@ -47,13 +48,15 @@ _On = str | tuple[str | None, ...] | None
 class AdapterSet:
     """Hold a base and adapters by name.
 
-    A model that has adapters already, or was prepared for training, is refused by an AdapterError.
-
     Args:
-        base: as loaded; its model is put into evaluation mode.
+        base: as loaded. Its model is put into evaluation mode, and its layers share the memory that they are
+            dequantized into, as in training.
         base_name: for messages; by default its directory.
         most_loaded: adapters that stay in memory. Of more, those not used for longest are dropped, and loaded again
             from their files when they are used; what is in use always stays. None: all stay.
+
+    Raises:
+        AdapterError: the model has adapters already, or was prepared for training; or `most_loaded` is below 1.
     """
 
     def __init__(self, base: Base, base_name: str | None = None, most_loaded: int | None = None) -> None:
@@ -71,6 +74,7 @@ class AdapterSet:
         self._changes: list[Change] = []  # that put it on
         self._outside: list[_On] = []  # what is put on again when the blocks end
         base.model.eval()
+        share_workspaces(base.model, base.compute_dtype)
 
     @classmethod
     def open(
@@ -183,7 +187,10 @@ class AdapterSet:
 
         Args:
             names: the adapter of each row, from the first; None for the base alone. If one adapter is all rows', it may
-                be of any kind; different ones must be of kinds that can share a batch, else an AdapterError is raised.
+                be of any kind; different ones must be of kinds that can share a batch.
+
+        Raises:
+            AdapterError: a name is not loaded, an adapter cannot share a batch, or there are no names.
         """
         if isinstance(names, str):
             raise AdapterError(f"rows() was given the text {names!r}; give a list, with a name or None for each row.")
@@ -288,9 +295,7 @@ class AdapterSet:
     def _adapter(self, name: str) -> LoadedAdapter:
         """Return an adapter, loaded again if it was dropped from memory, as the one used last."""
         source = self._source(name)
-        adapter = self._loaded.pop(name, None)
-        if adapter is None:
-            adapter = self._read(source)
+        adapter = self._loaded.pop(name, None) or self._read(source)
         self._loaded[name] = adapter
         return adapter
 
@@ -302,9 +307,8 @@ class AdapterSet:
 
     def _read(self, source: AdapterFiles) -> LoadedAdapter:
         """Read an adapter and check that it belongs to the base, which is without adapters."""
-        stored = source.read()
-        advice = "Load it on that base."
-        warnings = compare_base(stored, source.directory, self.base_name, self.base.fingerprint, advice)
+        stored, base = source.read(), self.base.fingerprint
+        warnings = compare_base(stored, source.directory, self.base_name, base, "Load it on that base.")
         self.warnings += [warning for warning in warnings if warning not in self.warnings]
         return loaded_adapter(self.base.model, stored, f"The adapter {source.directory}")
 

@@ -45,7 +45,7 @@ def stored(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 @pytest.fixture
 def make(base: Base, stored: dict[str, Path]) -> Iterator[Callable[..., AdapterSet]]:
-    """A set with the adapters of these letters loaded."""
+    """A set with the adapters of these names loaded."""
     made: list[AdapterSet] = []
 
     def with_names(names: str = "", **options: Any) -> AdapterSet:
@@ -70,7 +70,7 @@ def test_adapters_take_turns_and_the_base_comes_back_with_its_bits(make: Callabl
     before = logits(adapters)
     adapters = make("abcd")
     assert torch.equal(logits(adapters), before), "loading puts nothing on"
-    seen = {}
+    seen: dict[str, Tensor] = {}
     for name in "abcdcba":
         adapters.set_adapter(name)
         assert adapters.active == name

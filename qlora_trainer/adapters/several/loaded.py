@@ -38,8 +38,6 @@ class LoadedAdapter:
 def loaded_adapter(model: nn.Module, stored: StoredAdapter, origin: str) -> LoadedAdapter:
     """Make an adapter for a model, which is left as it is.
 
-    An adapter that does not fit the model raises AdapterError.
-
     Args:
         model: the base, frozen and without adapters.
         stored: the adapter as read.
@@ -47,6 +45,9 @@ def loaded_adapter(model: nn.Module, stored: StoredAdapter, origin: str) -> Load
 
     Returns:
         The adapter.
+
+    Raises:
+        AdapterError: it does not fit the model.
     """
     modules = dict(model.named_modules())
     if lost := [path for path in stored.paths if path not in modules]:

@@ -1,5 +1,7 @@
 """What is replaced in a model is noted, put back without a trace, and done again."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from qlora_trainer.adapters.several.changes import apply, changes_made, undo
 
 
-def model() -> nn.Module:
+def model() -> Any:
     return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
 
 
