@@ -48,13 +48,9 @@ def test_each_row_has_the_output_of_its_adapter_alone(places: list[int], tokens:
 def test_rows_that_take_no_lora_are_not_written() -> None:
     stack = LoraStack.of(adapters(torch.float32), torch.float32)
     assert stack is not None
-    output = torch.full((3, 2, OUT), torch.nan)
-    output[1] = 0.0
+    output = torch.zeros(3, 2, OUT)
     add_lora_rows_(output, normal(3, 2, IN), stack, RowSegments.of([-1, 3, 2]))
-    assert output[0].isnan().all()
-    assert output[1].isfinite().all()
-    assert output[1].any()
-    assert output[2].isnan().all()
+    assert [bool(row.any()) for row in output] == [False, True, False]
 
 
 def test_rows_next_to_each_other_with_one_adapter_are_one_segment() -> None:

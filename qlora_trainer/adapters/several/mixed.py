@@ -89,14 +89,19 @@ class RowsLinear(nn.Module):
             for some, one in rows:
                 if one is not None and one.input_scale is not None:
                     scaled(tokens[some], one.input_scale, tokens[some])
-        with_scale = [one for _, one in rows if one is not None and one.output_scale is not None]
-        output, bias = self._product(tokens, bias_apart=not all(one.scales_bias for one in with_scale))
+        scales = any(one is not None and one.output_scale is not None for _, one in rows)
+        output, bias = self._product(tokens, bias_apart=scales)
+        if bias is not None:
+            for some, one in rows:
+                if one is None or one.output_scale is None:
+                    output[some] += bias.to(output.dtype)
         stack = self._stack(x.dtype)
         if stack is not None:
             add_lora_rows_(output, tokens, stack, segments)
-        if with_scale:
+        if scales:
             for some, one in rows:
-                _finish(output[some], one, bias)
+                if one is not None and one.output_scale is not None:
+                    _scale(output[some], one.output_scale, bias, one.scales_bias)
         return output.reshape(*x.shape[:-1], output.shape[-1])
 
     def extra_repr(self) -> str:
@@ -118,7 +123,7 @@ class RowsLinear(nn.Module):
             output = base(tokens).contiguous()
             if bias is not None:
                 output -= bias
-        return output, None if bias is None else bias.to(output.dtype)
+        return output, bias
 
     def _stack(self, dtype: torch.dtype) -> LoraStack | None:
         if dtype not in self._stacks:
@@ -126,16 +131,11 @@ class RowsLinear(nn.Module):
         return self._stacks[dtype]
 
 
-def _finish(output: Tensor, adapter: RowAdapter | None, bias: Tensor | None) -> None:
-    """Scale the output of some rows (b, T, O) in place, and add the bias (O,) if it is not in it."""
-    scale = None if adapter is None else adapter.output_scale
-    after = scale is not None and adapter is not None and not adapter.scales_bias
-    if bias is not None and not after:
-        output += bias
-    if scale is not None:
-        scaled(output, scale, output)
-    if bias is not None and after:
-        output += bias
+def _scale(output: Tensor, scale: Tensor, bias: Tensor | None, scales_bias: bool) -> None:
+    """Multiply the output of some rows (b, T, O) by a scale (O,), and add the bias (O,), in place."""
+    scaled(output, scale, output)
+    if bias is not None:
+        output += (bias * scale if scales_bias else bias).to(output.dtype)
 
 
 @dataclass(frozen=True)
