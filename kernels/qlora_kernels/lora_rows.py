@@ -24,6 +24,9 @@ from torch import Tensor
 from qlora_kernels.products import FEW_STEP, linear
 from qlora_kernels.registry import define, from_triton
 
+FEW_OF_SEGMENT = 4
+"""Tokens of a segment, on average, below which all adapters are multiplied at once on a CPU."""
+
 
 class RowAdapter(NamedTuple):
     """Hold what an adapter does to the rows that take it: output_scale * (x' W^T + scaling x' A^T B^T) + bias.
@@ -173,6 +176,60 @@ def add_lora_rows_torch(
             onto.addmm_(multiply(some, of_A[place]), of_B[place], alpha=scalings[place])
 
 
+def add_lora_rows_cpu(
+    output: Tensor,  # (B, T, O), contiguous
+    x: Tensor,  # (B, T, I)
+    A: Tensor,  # (K, I)
+    B: Tensor,  # (K, O)
+    rows: Sequence[int],
+    adapters: Sequence[int],
+    ranks: Sequence[int],
+    scalings: Sequence[float],
+) -> None:
+    """Compute `add_lora_rows_torch`; where segments have few tokens, by two products for all of them.
+
+    Each token is multiplied with the ranks of all adapters, and what others have of it becomes zero. That is more
+    numbers and fewer calls, whose threads wait for each other at the end of each.
+
+    Args:
+        output: is added to.
+        x: the input.
+        A: of all adapters.
+        B: of all adapters.
+        rows: of each segment.
+        adapters: of each segment, -1 for none.
+        ranks: of each adapter.
+        scalings: of each adapter.
+    """
+    used = sum(ranks[place] for place in {*adapters} if place >= 0)
+    are_few = len(x) * x.shape[1] < FEW_OF_SEGMENT * len(rows) and len(rows) > 2
+    if not are_few or sum(ranks) > 2 * used or x.dtype not in (torch.float32, torch.float64):
+        add_lora_rows_torch(output, x, A, B, rows, adapters, ranks, scalings)
+        return
+    factors = _factors(tuple(rows), tuple(adapters), tuple(ranks), tuple(scalings), x.shape[1], x.dtype)
+    low_rank = linear(x.flatten(0, 1), A)
+    low_rank.mul_(factors).masked_fill_(factors == 0.0, 0.0)  # what is not finite elsewhere is not multiplied away
+    output.view(-1, output.shape[2]).addmm_(low_rank, B)
+
+
+@functools.lru_cache(64)
+def _factors(
+    rows: tuple[int, ...],
+    adapters: tuple[int, ...],
+    ranks: tuple[int, ...],
+    scalings: tuple[float, ...],
+    row_tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return by token and rank the scaling of the token's own adapter, and zero of all others, (N, K)."""
+    ends = list(itertools.accumulate(ranks, initial=0))
+    factors = torch.zeros(sum(rows) * row_tokens, ends[-1], dtype=dtype)
+    for some, place in RowSegments(rows, adapters).slices:
+        if place >= 0:
+            factors[some.start * row_tokens : some.stop * row_tokens, ends[place] : ends[place + 1]] = scalings[place]
+    return factors
+
+
 class RowTile(NamedTuple):
     """Hold tokens next to each other that take one adapter, as many as a program takes."""
 
@@ -220,5 +277,6 @@ define(
     " float[] scalings) -> ()",
     add_lora_rows_torch,
     lambda *arguments: None,
+    cpu=lambda: add_lora_rows_cpu,
     cuda=from_triton("lora_rows_triton", "add_lora_rows_triton"),
 )

@@ -13,6 +13,12 @@ SCALINGS = (2.0, 0.25, 1.0, 0.5)
 IN, OUT = 10, 7
 
 
+@pytest.fixture(params=["reference", "auto"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every promise here is one of each implementation."""
+    monkeypatch.setenv("QLORA_KERNELS", request.param)
+
+
 def adapters(dtype: torch.dtype = torch.float64) -> list[RowAdapter | None]:
     return [
         RowAdapter(normal64(rank, IN, seed=rank, dtype=dtype), normal64(OUT, rank, seed=9 + rank, dtype=dtype), scaling)
@@ -51,6 +57,15 @@ def test_rows_that_take_no_lora_are_not_written() -> None:
     output = torch.zeros(3, 2, OUT)
     add_lora_rows_(output, normal(3, 2, IN), stack, RowSegments.of([-1, 3, 2]))
     assert [bool(row.any()) for row in output] == [False, True, False]
+
+
+def test_what_is_not_finite_in_a_row_stays_there() -> None:
+    stack = LoraStack.of(adapters(torch.float32), torch.float32)
+    assert stack is not None
+    x, output = normal(4, 1, IN), torch.zeros(4, 1, OUT)
+    x[0], x[2] = torch.inf, torch.nan
+    add_lora_rows_(output, x, stack, RowSegments.of([-1, 0, 3, 1]))
+    assert [bool(row.isfinite().all()) for row in output] == [True, True, False, True]
 
 
 def test_rows_next_to_each_other_with_one_adapter_are_one_segment() -> None:

@@ -81,7 +81,7 @@ def test_reference_gives_what_the_cpu_gives(name: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("QLORA_KERNELS", "auto")
     found = run()
     monkeypatch.setenv("QLORA_KERNELS", "reference")
-    tolerance = 1e-6 if name in ("linear", "product") else 0.0  # its sums may be in another order
+    tolerance = 1e-6 if name in ("add_lora_rows", "linear", "product") else 0.0  # its sums may be in another order
     torch.testing.assert_close(found, run(), rtol=tolerance, atol=tolerance)
 
 
