@@ -19,6 +19,7 @@ from typing import Any
 
 from qlora_kernels import (
     gated_triton,
+    lora_rows_triton,
     nf4_matmul_triton,
     nf4_triton,
     rms_norm_triton,
@@ -45,6 +46,7 @@ class Case:
     on_tensor_cores: bool = False
     oldest: int = 75  # architecture that launches it
     is_variant: bool = False  # of a case that is here in another dtype or setting
+    quick_on: tuple[int, ...] | None = None  # architectures that the quick tests compile it for; None: all
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def _numbers(pattern: str, text: str) -> list[int]:
 
 def cases() -> dict[str, Case]:
     """List every kernel, as the largest layers of a 7B launch it, by name."""
-    return {**_dequantize(), **_multiply_few(), **_norm(), **_gated(), **_rotate(), **_softmax_loss()}
+    own = {**_dequantize(), **_multiply_few(), **_lora_rows()}
+    return {**own, **_norm(), **_gated(), **_rotate(), **_softmax_loss()}
 
 
 _TABLES = {
@@ -163,6 +166,44 @@ def _multiply_few() -> dict[str, Case]:
         "nf4_matmul_few bf16": case("bf16", False),
         "nf4_matmul_few fp16, with bias": case("fp16", True),
         "nf4_matmul_few fp32": case("fp32", False),
+    }
+
+
+def _lora_rows() -> dict[str, Case]:
+    module = lora_rows_triton
+
+    def case(kernel: Any, dtype: str, multiples: tuple[str, ...], **constants: int) -> Case:
+        return Case(
+            kernel=kernel,
+            signature=dict.fromkeys(("x_ptr", "A_ptr", "B_ptr", "output_ptr"), f"*{dtype}")
+            | dict.fromkeys(("parts_ptr", "scalings_ptr"), "*fp32")
+            | {"tiles_ptr": "*i32"}
+            | dict.fromkeys(("tokens", "in_features", "out_features", "width", "parts"), "i32"),
+            constants={"TOKENS": module.TOKENS_PER_TILE, "RANKS": module.RANKS_PER_TURN, **constants},
+            options=module.LORA_ROWS_OPTIONS,
+            multiples_of_16=("in_features", "out_features", *multiples),
+            on_tensor_cores=dtype != "fp32",
+            oldest=75 if dtype == "fp32" else 80,
+            is_variant=dtype != "bf16" or not multiples,
+            quick_on=(86,) if dtype == "bf16" else (),
+        )
+
+    def shrink(dtype: str, *multiples: str) -> Case:
+        columns = module.IN_FEATURES_PER_TURN[4 if dtype == "fp32" else 2]
+        kernel, part = module.shrink_rows_kernel, module.IN_FEATURES_PER_PART
+        return case(kernel, dtype, multiples, COLUMNS=columns, PART=part)
+
+    def expand(dtype: str, *multiples: str) -> Case:
+        columns = module.OUT_FEATURES_PER_PROGRAM[4 if dtype == "fp32" else 2]
+        return case(module.expand_rows_kernel, dtype, multiples, COLUMNS=columns)
+
+    return {
+        "add_lora_rows bf16, A": shrink("bf16", "tokens", "width"),
+        "add_lora_rows bf16, B": expand("bf16", "tokens", "width"),
+        "add_lora_rows fp16, A of rank 8, any tokens": shrink("fp16"),
+        "add_lora_rows fp16, B of rank 8, any tokens": expand("fp16"),
+        "add_lora_rows fp32, A": shrink("fp32", "width"),
+        "add_lora_rows fp32, B": expand("fp32", "width"),
     }
 
 

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from qlora_trainer.config.load import load_config
     from qlora_trainer.config.schema import AdapterConfig, RunConfig
     from qlora_trainer.merging.merge_run import merge_run
+    from qlora_trainer.runs.adapter_set import AdapterSet
     from qlora_trainer.runs.start import resume_run, start_run
 
 _HOMES = {
     "AdapterConfig": "config.schema",
+    "AdapterSet": "runs.adapter_set",
     "QLoRATrainerError": "common.errors",
     "RunConfig": "config.schema",
     "add_adapters": "adapters.inject",
@@ -37,6 +39,7 @@ _HOMES = {
 
 __all__ = [
     "AdapterConfig",
+    "AdapterSet",
     "QLoRATrainerError",
     "RunConfig",
     "add_adapters",

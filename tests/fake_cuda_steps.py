@@ -30,6 +30,7 @@ ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from qlora_kernels.lora_rows import RowAdapter, RowSegments  # noqa: E402
 from qlora_kernels.torch_internals import (  # noqa: E402
     FakeTensorMode,
     TorchDispatchMode,
@@ -37,10 +38,12 @@ from qlora_kernels.torch_internals import (  # noqa: E402
     storage_address,
 )
 from qlora_trainer.adapters.inject import add_adapters  # noqa: E402
+from qlora_trainer.adapters.several.mixed import RowLayout, RowsLinear  # noqa: E402
 from qlora_trainer.config.load import make_config  # noqa: E402
 from qlora_trainer.data.batching.packing import make_packs  # noqa: E402
 from qlora_trainer.data.types import Example  # noqa: E402
 from qlora_trainer.model.modules.cpu_embedding import keep_embeddings_on_cpu  # noqa: E402
+from qlora_trainer.model.modules.nf4_linear import NF4Linear  # noqa: E402
 from qlora_trainer.planning.empty_run import as_fake  # noqa: E402
 from qlora_trainer.planning.fake_tensors import FakeRun  # noqa: E402
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noqa: E402
@@ -205,7 +208,20 @@ def operations_of(
         model.eval()
         with seen, torch.no_grad():
             model(input_ids=torch.ones((1, 1), dtype=torch.int64, device=device), use_cache=False)
+            before = len(seen.waits)
+            mixed_rows(next(module for module in model.modules() if isinstance(module, NF4Linear)), dtype)
+            assert seen.waits[before:] == [], "rows with adapters of their own wait for the device"
     return {"on cuda": sorted(seen.names), "waits": waits}
+
+
+def mixed_rows(layer: NF4Linear, dtype: torch.dtype) -> None:
+    """Three rows of a batch through a layer, two of which take an adapter."""
+    layout = RowLayout()
+    layout.segments = RowSegments.of([0, -1, 0])
+    A = torch.empty(8, layer.in_features, device="cuda")
+    B = torch.empty(layer.out_features, 8, device="cuda")
+    rows = RowsLinear(layer, [RowAdapter(A, B, 2.0)], layout)
+    rows(torch.empty(3, 1, layer.in_features, dtype=dtype, device="cuda"))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def multiply_few_triton(
     """
     tokens, in_features = x.shape
     tables = (packed, absmax, nested_absmax, nested_code, offset)
-    is_narrow = x.element_size() == 2 and not _has_tensor_cores(x.device)
+    is_narrow = x.element_size() == 2 and not has_tensor_cores(x.device)
     if in_features % block_size or x.dtype == torch.float64 or tokens > MOST_FEW or is_narrow:
         sizes = (out_features, block_size, nested_block_size)
         return multiply_few_torch(x, *tables, bias, workspace, *sizes)
@@ -142,6 +142,13 @@ def multiply_few_triton(
     return out
 
 
-def _has_tensor_cores(device: torch.device) -> bool:
-    """Return True for cards whose tensor cores Triton uses, and for a CPU, where the interpreter runs."""
+def has_tensor_cores(device: torch.device) -> bool:
+    """Return True for cards whose tensor cores Triton uses, and for a CPU, where the interpreter runs.
+
+    Args:
+        device: of the tensors.
+
+    Returns:
+        True for Ampere and later.
+    """
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -142,6 +142,17 @@ class FileConfig(BaseModel, ABC):
         """
         return {}
 
+    def shown_settings(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Find settings that only the tensors show, and that `settings_of` does not compare.
+
+        Args:
+            tensors: by PEFT's names.
+
+        Returns:
+            Values by the names of fields of AdapterConfig.
+        """
+        return {}
+
     def differences(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
         """Find settings that make an adapter's numbers another function.
 

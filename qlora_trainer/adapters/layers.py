@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from qlora_kernels.adapter import Adapter, Projection
 from qlora_kernels.dropout import draw_seed
 from qlora_kernels.lora_linear import add_lora, nf4_linears
+from qlora_kernels.lora_rows import RowAdapter
 from qlora_kernels.side_by_side import worker_number
 from qlora_trainer.adapters.folds import LoraFold
 from qlora_trainer.adapters.formulas import lora_scaling, with_zero_blocks, without_zero_blocks
@@ -176,6 +177,14 @@ class LoRALinear(AdaptedLinear):
             The factor; None where a value outside of the parts' blocks is not zero.
         """
         return without_zero_blocks(tensor, self.parts) if self.parts and name.startswith("lora_B.") else tensor
+
+    def row_adapter(self) -> RowAdapter:
+        """Say what the adapter, as it is now, does to rows of a batch whose other rows take others.
+
+        Returns:
+            That.
+        """
+        return RowAdapter(self.lora_A.weight, self.whole_B(self.lora_B.weight), self.scaling)
 
     def fold(self) -> LoraFold:
         """Say what becomes of the layer's weight in a merge.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kernels.adapter import Projection
+from qlora_kernels.lora_rows import RowAdapter
 from qlora_kernels.side_by_side import worker_number
 from qlora_trainer.adapters.file_config import PEFT_PREFIX
 from qlora_trainer.adapters.folds import Fold
@@ -158,6 +159,14 @@ class AdaptedLinear(AdapterModule, ABC):
         Returns:
             Weight, bias and what trains.
         """
+
+    def row_adapter(self) -> RowAdapter | None:
+        """Say what the adapter, as it is now, does to rows of a batch whose other rows take others.
+
+        Returns:
+            That; None where rows cannot.
+        """
+        return None
 
 
 class TrainableBias(nn.Module):

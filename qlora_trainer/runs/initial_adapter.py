@@ -53,7 +53,7 @@ def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDi
 def check_base(initial: StoredAdapter, config: RunConfig, base: BaseFingerprint) -> list[str]:
     """Compare the base that an adapter was trained on with the run's.
 
-    A record of the base that cannot be read raises CheckpointError.
+    Errors are those of `compare_base`.
 
     Args:
         initial: the adapter to start from.
@@ -62,24 +62,42 @@ def check_base(initial: StoredAdapter, config: RunConfig, base: BaseFingerprint)
 
     Returns:
         Warnings: one if the adapter was made by another program and names another base.
+    """
+    source = Path(str(config.adapter.init_from))
+    return compare_base(initial, source, config.model.name, base, "Set model.name to that base.")
+
+
+def compare_base(adapter: StoredAdapter, source: Path, base_name: str, base: BaseFingerprint, advice: str) -> list[str]:
+    """Compare the base that an adapter was trained on with the one it is to be put on.
+
+    A record of the base that cannot be read raises CheckpointError.
+
+    Args:
+        adapter: as read.
+        source: its directory.
+        base_name: of the base that it is to be put on.
+        base: the fingerprint of that base.
+        advice: a sentence that says what to do where they differ.
+
+    Returns:
+        Warnings: one if the adapter was made by another program and names another base.
 
     Raises:
         AdapterError: the adapter is ours and was trained on another base.
     """
-    source = Path(str(config.adapter.init_from))
     record = read_base_record(source)
     if record:
         if difference := record.fingerprint.difference(base):
             raise AdapterError(
-                f"The adapter {source} was trained on another base than {config.model.name}: {difference}. Set "
-                "model.name to that base. (To try the adapter on this base anyway, copy only adapter_config.json and "
-                "adapter_model.safetensors to another directory.)"
+                f"The adapter {source} was trained on another base than {base_name}: {difference}. {advice} (To try "
+                "the adapter on this base anyway, copy only adapter_config.json and adapter_model.safetensors to "
+                "another directory.)"
             )
         return []
-    named = initial.config.base_model_name_or_path
-    if not named or Path(named).name.lower() == Path(config.model.name).name.lower():
+    named = adapter.config.base_model_name_or_path
+    if not named or Path(named).name.lower() == Path(base_name).name.lower():
         return []
     return [
-        f"The adapter {source} was made for {named}, and the base of this run is {config.model.name}. If these are "
-        "different weights, it will not do what it was trained for."
+        f"The adapter {source} was made for {named}, and the base here is {base_name}. If these are different weights, "
+        "it will not do what it was trained for."
     ]

@@ -6,8 +6,8 @@ attends without a mask (unless the model has a window). Virtual tokens of a mode
 before each row in training.
 """
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from qlora_trainer.adapters.several.mixed import has_mixed_rows
 from qlora_trainer.adapters.trainable import leading_ids
+from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.evaluation_mode import evaluation_mode
@@ -36,6 +38,7 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int = TOGETHER,
     progress: Progress = silent,
+    around_batch: Callable[[list[int]], AbstractContextManager[object]] | None = None,
 ) -> list[str]:
     """Answer each prompt greedily, as text without the token that ends the answer; the model's mode is restored.
 
@@ -49,10 +52,20 @@ def generate_answers(
         max_new_tokens: length of the longest answer, in tokens.
         batch_size: most prompts that are answered together.
         progress: is called before each batch.
+        around_batch: is given the places of a batch's prompts, and makes what the batch is answered inside of, such as
+            the adapters of its rows.
 
     Returns:
         The answers in the order of the prompts.
+
+    Raises:
+        AdapterError: rows take adapters of their own outside of `around_batch`.
     """
+    if has_mixed_rows(model):
+        raise AdapterError(
+            "Prompts are sorted by their length before they are answered, and rows() names the adapters of rows in "
+            "order. Call AdapterSet.answers() with the adapter of each prompt, outside of rows()."
+        )
     leading = leading_ids(model)
     ids = [leading + prompt.input_ids for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
@@ -70,7 +83,8 @@ def generate_answers(
             chosen = order[start : start + _rows_together(lengths)]
             start += len(chosen)
             input_ids, attention_mask = _left_padded([ids[index] for index in chosen], _device(model))
-            with _no_hidden_settings(model):
+            around = nullcontext() if around_batch is None else around_batch(chosen)
+            with _no_hidden_settings(model), around:
                 output = model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,

@@ -23,8 +23,14 @@ def attention() -> list[Any]:
     return [query, key, normal(1, 2, 9, 8, seed=2), torch.tensor(7), 0.3, 5, 2.0, 0.25]
 
 
+def lora_rows() -> list[Any]:
+    tensors = [normal(4, 3, 6), normal(4, 3, 5, seed=1), normal(5, 5, seed=2), normal(5, 6, seed=3)]
+    return [*tensors, [1, 2, 1], [1, -1, 0], [2, 3], [0.5, 2.0]]
+
+
 # By operation, arguments as its callers pass them. A new operation needs a sample here.
 SAMPLES: dict[str, Callable[[], list[Any]]] = {
+    "add_lora_rows": lora_rows,
     "blockwise_attention": attention,
     "blockwise_attention_backward": lambda: [normal(1, 9, 4, 8, seed=3), *attention()],
     "copy_to_host": lambda: [normal(3, 5)],
@@ -76,7 +82,7 @@ def test_reference_gives_what_the_cpu_gives(name: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("QLORA_KERNELS", "auto")
     found = run()
     monkeypatch.setenv("QLORA_KERNELS", "reference")
-    tolerance = 1e-6 if name in ("linear", "product") else 0.0  # its sums may be in another order
+    tolerance = 1e-6 if name in ("add_lora_rows", "linear", "product") else 0.0  # its sums may be in another order
     torch.testing.assert_close(found, run(), rtol=tolerance, atol=tolerance)
 
 

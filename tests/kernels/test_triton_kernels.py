@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 
@@ -23,7 +24,7 @@ try:
 
     # Of a kernel in another dtype or setting three architectures tell enough.
     COMPILED = [
-        (name, architecture)
+        (name, architecture) if case.quick_on is None or architecture in case.quick_on else slow((name, architecture))
         for name, case in cases().items()
         for architecture in SHARED_MEMORY
         if architecture >= case.oldest and (not case.is_variant or architecture in (75, 86, 120))

@@ -51,7 +51,7 @@ def test_every_setting_takes_its_steps_and_generates(operations: dict[str, set[s
     for name, seen in operations.items():
         both_ways = ("rms_norm", "rms_norm_backward", "gated_product", "gated_gradients", "rotate", "dequantize_nf4")
         dropped = () if "prefix" in name else ("keep_mask",)  # its dropout is of other adapters
-        for operation in (*both_ways, *dropped, "nf4_matmul_few", "softmax_loss"):
+        for operation in (*both_ways, *dropped, "nf4_matmul_few", "softmax_loss", "add_lora_rows"):
             assert f"qlora_kernels::{operation}" in seen, f"{name}: {operation}"
 
 

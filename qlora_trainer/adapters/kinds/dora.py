@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from qlora_kernels.adapter import OutputScale, Projection
 from qlora_kernels.dora import dora_norms, squared_row_norms
 from qlora_kernels.lora_linear import add_lora
+from qlora_kernels.lora_rows import RowAdapter
 from qlora_kernels.saved_tensors import saves_tensors
 from qlora_kernels.torch_internals import version_of
 from qlora_trainer.adapters.folds import DoraFold
@@ -146,6 +147,14 @@ class DoRALinear(LoRALinear):
     def let_go(self) -> None:
         """Compute norms again."""
         self._held = None
+
+    def row_adapter(self) -> RowAdapter:
+        """Say what the adapter, as it is now, does to rows of a batch whose other rows take others.
+
+        Returns:
+            That.
+        """
+        return super().row_adapter()._replace(output_scale=self._factors().detach())
 
     def fold(self) -> DoraFold:
         """Say what becomes of the layer's weight in a merge.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qlora_kernels.adapter import OutputScale, Projection
 from qlora_kernels.lora_linear import nf4_linears
+from qlora_kernels.lora_rows import RowAdapter
 from qlora_kernels.saved_tensors import saves_tensors
 from qlora_trainer.adapters.folds import ScaleFold
 from qlora_trainer.adapters.kinds.ia3_file import Ia3FileConfig
@@ -81,6 +82,15 @@ class IA3Linear(AdaptedLinear):
         scale = OutputScale(scales, keeps_output=not saves_tensors())
         return Projection(base.nf4_weight, bias, output_scale=scale)
 
+    def row_adapter(self) -> RowAdapter:
+        """Say what the adapter, as it is now, does to rows of a batch whose other rows take others.
+
+        Returns:
+            That.
+        """
+        scales = self.ia3_l.detach()
+        return RowAdapter(input_scale=scales) if self.of_input else RowAdapter(output_scale=scales, scales_bias=True)
+
     def stored(self, name: str, values: Tensor) -> Tensor:
         """Return the vector in the shape of PEFT's file.
 
@@ -135,6 +145,7 @@ class Ia3Kind(AdapterKind):
 
     name: ClassVar[str] = "ia3"
     size: ClassVar[str] = "adapter.target_modules"
+    mixes: ClassVar[bool] = True
 
     def add(
         self, model: nn.Module, settings: AdapterConfig, seed: int, tokenizer: TextTokenizer | None = None

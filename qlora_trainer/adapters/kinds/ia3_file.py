@@ -5,7 +5,7 @@ Legend: I in features, O out features.
 
 import re
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -101,6 +101,17 @@ class Ia3FileConfig(FileConfig):
         return {
             path: ScaleFold(tensor.flatten()) for path, tensor in _vectors(tensors).items() if not scales_input(tensor)
         }
+
+    def shown_settings(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Find the layers whose input is scaled.
+
+        Args:
+            tensors: by PEFT's names.
+
+        Returns:
+            adapter.feedforward_modules.
+        """
+        return {"feedforward_modules": [path for path, tensor in _vectors(tensors).items() if scales_input(tensor)]}
 
     def settings_of(self, tensors: Mapping[str, Tensor], wanted: AdapterConfig) -> Differences:
         """Compare nothing: which layers are adapted is compared by their paths, and whose inputs by shapes.

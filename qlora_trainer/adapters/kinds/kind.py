@@ -23,6 +23,7 @@ class AdapterKind(ABC):
     remakes_outputs: ClassVar[bool] = False  # where a layer is not recomputed, backward multiplies by its weight again
     merges: ClassVar[bool] = True  # into plain weights; what does not stays in the forward pass
     deployment: ClassVar[str] = "as a PEFT adapter, next to its base"  # of what does not merge
+    mixes: ClassVar[bool] = False  # rows of one batch may take several adapters; their layers are AdaptedLinear
 
     @property
     def merges_in_words(self) -> str:

@@ -23,6 +23,7 @@ class LoraKind(AdapterKind):
 
     name: ClassVar[str] = "lora"
     size: ClassVar[str] = "adapter.rank"
+    mixes: ClassVar[bool] = True
     layer: ClassVar[type[LoRALinear]] = LoRALinear
 
     def add(
