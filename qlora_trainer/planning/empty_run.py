@@ -179,7 +179,12 @@ def as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
 
 
 class _AnyTokenizer:
-    """Take the place of a tokenizer: a plan depends on no values. New tokens are behind the embedding's rows."""
+    """Take the place of a tokenizer: a plan depends on no values. New tokens are behind the embedding's rows.
+
+    Args:
+        settings: the config's section `adapter`, whose tokens it has.
+        directory: of the model.
+    """
 
     def __init__(self, settings: AdapterConfig, directory: ModelDirectory) -> None:
         after = directory.facts.vocabulary or 0

@@ -106,8 +106,8 @@ def test_heads_in_any_form_err_little_more_than_plain_torch(
     exact_loss = plain_loss(exact_inputs[0], assembled(whole.double(), exact_inputs[1], ids), labels)
     exact = gradients(exact_loss, *exact_inputs, incoming=1.0)
     assert torch.isclose(found.double(), exact_loss, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6)
-    # The gradient of hidden states is a sum of two products, of frozen rows and of those that train: each is rounded, and
-    # may be larger than the sum.
+    # The gradient of hidden states is a sum of two products, of frozen rows and of those that train: each is rounded,
+    # and may be larger than the sum.
     for our, their, right, most in zip(ours, theirs, exact, (2.0, 1.1), strict=True):
         error, usual = (our.double() - right).norm(), (their.double() - right).norm()
         assert error <= most * usual + 1e-6 * right.norm()

@@ -211,7 +211,7 @@ def test_peft_computes_the_same_with_the_tokenizer_that_is_next_to_the_adapter(
     from peft import PeftModel
 
     directory = ModelDirectory.open(short_models(family))
-    settings = AdapterConfig(rank=4, **ADAPTER)  # type: ignore[arg-type]
+    settings = AdapterConfig(rank=4, **ADAPTER)
     ours = AutoModelForCausalLM.from_pretrained(directory.path, dtype=torch.float32).eval()
     paths = add_adapters(ours, settings, tokenizer=run_tokenizer(directory, settings))
     moved(ours)

@@ -120,7 +120,7 @@ def _embedding_and_head(model: Any) -> tuple[Any, Any]:
         )
     if not isinstance(head, nn.Linear | HeadRows):
         raise AdapterError(f"The LM head of {type(model).__name__} is no plain linear layer, so it has not {setting}.")
-    if head.bias is not None:
+    if getattr(head, "bias", None) is not None:
         raise AdapterError(
             f"The LM head of {type(model).__name__} has a bias, which PEFT leaves out of heads whose rows train, so it "
             f"has not {setting}. Choose another model."

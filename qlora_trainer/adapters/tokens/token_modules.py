@@ -27,7 +27,13 @@ STORED_TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 class _TokenModule(AdapterModule):
-    """Hold what the two have in common: which rows they are, and how these are stored."""
+    """Hold what the two have in common: which rows they are, and how these are stored.
+
+    Args:
+        base: the embedding or head, frozen.
+        ids: which tokens train, ascending.
+        device: of the rows.
+    """
 
     def __init__(self, base: nn.Module, ids: Sequence[int], device: torch.device) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ def test_trained_tokens_have_their_own_rows_and_all_others_the_bases() -> None:
     rows = module(ids)
     for token, row in zip(ids.flatten().tolist(), rows.flatten(0, 1), strict=True):
         own = {2: 0, 7: 1, 11: 2, 12: 3}.get(token)
-        assert torch.equal(row, module.base.weight[token] if own is None else module.values[own])
+        assert torch.equal(row, module.weight[token] if own is None else module.values[own])
 
 
 def test_the_gradient_of_the_embedding_is_right_in_fp64() -> None:
