@@ -2,7 +2,7 @@
 
 PEFT writes them as `<path>.token_adapter.trainable_tokens_delta`, one for the embedding and one for an LM head that has
 a weight of its own; `trainable_token_indices` says which tokens they are, in the order of the rows. Where the
-vocabulary grew, PEFT also writes both matrices whole, unless it is told not to.
+vocabulary grew, PEFT also writes both matrices whole, unless it is asked not to.
 
 Legend: R rows that train, H hidden size.
 """

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state
 from qlora_trainer.adapters.tokens.new_tokens import run_tokenizer
+from qlora_trainer.adapters.tokens.token_choice import choose_tokens
 from qlora_trainer.adapters.tokens.token_modules import TokenEmbedding, TokenHead, token_modules
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig
@@ -179,3 +180,27 @@ def test_rows_are_saved_and_loaded_by_pefts_names(tiny_models: Models) -> None:
         load_adapter_state(model, changed)
         again = adapter_state_dict(model)
         assert all(torch.equal(again[key], changed[key]) for key in changed)
+
+
+class Vocabulary:
+    """A tokenizer of a few tokens, which makes a token of each character."""
+
+    def __init__(self, **ids: int) -> None:
+        self.ids = ids
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.ids
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    new, old = AdapterConfig(new_tokens=["new"]), AdapterConfig(trainable_tokens=["old"])
+    with pytest.raises(AdapterError, match="names the token 9, beyond the 8 rows"):
+        choose_tokens(old, Vocabulary(old=9), 8)
+    with pytest.raises(AdapterError, match="The tokenizer has 9 tokens, and the model's embedding 8 rows"):
+        choose_tokens(new, Vocabulary(new=9), 8)
+    for token, height in ((7, 8), (8, 9)):
+        choice = choose_tokens(new, Vocabulary(new=token), 8)
+        assert (choice.ids, choice.height, choice.existing) == ((token,), height, token)
