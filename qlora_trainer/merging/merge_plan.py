@@ -8,6 +8,7 @@ Legend: O out features, I in features, R rank.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from qlora_trainer.adapters.folds import Fold, MergedTokens
 from qlora_trainer.adapters.kinds.table import ADAPTER_KINDS
 from qlora_trainer.adapters.peft_format import StoredAdapter
-from qlora_trainer.adapters.tokens.new_tokens import tokenizer_json_with
+from qlora_trainer.adapters.tokens.new_tokens import changed_tokenizer_files
 from qlora_trainer.common.atomic import refuse_existing, remove_leftovers
 from qlora_trainer.common.errors import MergeError
 from qlora_trainer.common.units import dtype_name
@@ -38,7 +39,7 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import same_values
 from qlora_trainer.weights.side_files import files_to_copy, refuse_full_disk
 from qlora_trainer.weights.tensors import TensorInfo, TensorSpec
-from qlora_trainer.weights.turn_files import TaughtTurns, turn_files
+from qlora_trainer.weights.turn_files import TOKENIZER_CONFIG, TaughtTurns, turn_files
 
 MergeBase = Literal["dequantized", "original"]
 OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -103,17 +104,20 @@ class MergePlan:
             The plan with the files that change.
         """
         files, changes = turn_files(self.inputs.base, taught)
-        return self._with_files(files, changes)
+        return self._with_files(files, changes).with_new_tokens()
 
     def with_new_tokens(self) -> Self:
         """Let the merged model's tokenizer have the new tokens of training.
 
         Returns:
-            The plan with the file that changes, if there are any.
+            The plan with the files that change, if any do.
         """
         if not self.inputs.new_tokens:
             return self
-        files = {TOKENIZER_NAME: tokenizer_json_with(self.inputs.base, self.inputs.new_tokens)}
+        settings = self.changed.get(TOKENIZER_CONFIG)
+        files = changed_tokenizer_files(
+            self.inputs.base, self.inputs.new_tokens, None if settings is None else json.loads(settings)
+        )
         names = " and ".join(map(repr, self.inputs.new_tokens[:_MOST_NAMED]))
         more = len(self.inputs.new_tokens) - _MOST_NAMED
         also = f" and {more} more" if more > 0 else ""

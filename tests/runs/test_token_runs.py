@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model_directory
+from tiny_models import change_tensors, make_model_directory
 from tiny_runs import edit_config, final_adapter, no_load, quiet
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +21,7 @@ from qlora_trainer.adapters.peft_format import read_adapter, write_adapter
 from qlora_trainer.adapters.tokens.new_tokens import run_tokenizer, tokenizer_files_with
 from qlora_trainer.adapters.trainable import trainable_parameters
 from qlora_trainer.common.errors import AdapterError, CheckpointError
+from qlora_trainer.config.load import save_config
 from qlora_trainer.config.schema import AdapterConfig, RunConfig
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.merging.merge_run import merge_run
@@ -35,7 +36,7 @@ Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]
 NEW = ["<gene>", "<protein>", "<cell>", "<virus>"]
 ADAPTER = {"new_tokens": NEW, "trainable_tokens": ["<|im_start|>"]}
-EPS = "token_adapter.trainable_tokens_delta"
+ROWS = "token_adapter.trainable_tokens_delta"
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +93,7 @@ def test_rows_hold_new_tokens_and_a_cache_without_them_is_not_taken(token_config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3", "gpt2"])
 def test_a_run_with_new_tokens_resumes_exactly_answers_with_them_and_merges(
     family: str, token_config: Config, short_models: Models, tmp_path: Path
 ) -> None:
@@ -106,7 +107,7 @@ def test_a_run_with_new_tokens_resumes_exactly_answers_with_them_and_merges(
     assert resume_run(parts.directory).train(quiet)
     expected, found = final_adapter(whole.directory), final_adapter(parts.directory)
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
-    assert sum(EPS in name for name in expected) == (2 if family == "llama" else 1)
+    assert sum(ROWS in name for name in expected) == (2 if family == "llama" else 1)
 
     for place in (whole.directory / "adapter", whole.directory / "checkpoints" / "step-000008"):
         tokenizer = AutoTokenizer.from_pretrained(place)
@@ -128,7 +129,7 @@ def test_a_run_with_new_tokens_resumes_exactly_answers_with_them_and_merges(
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert [tokenizer.convert_tokens_to_ids(token) for token in NEW] == new
-    name = next(name for name in expected if EPS in name and "embed" in name)
+    name = next(name for name in expected if ROWS in name and "lm_head" not in name)
     ids = read_adapter(whole.directory / "adapter").config.token_ids
     table = merged.get_input_embeddings().weight
     assert torch.equal(table[list(ids)], expected[name].half().float())
@@ -137,6 +138,40 @@ def test_a_run_with_new_tokens_resumes_exactly_answers_with_them_and_merges(
         ours, theirs = trained.base.model(input_ids=row).logits.float(), merged(row).logits
     assert ours.shape == theirs.shape
     assert float((ours - theirs).norm() / ours.norm()) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "lm_head"), [("llama", "8bit"), ("llama_tied", "4bit")])
+def test_rows_train_next_to_a_quantized_head_and_an_embedding_on_the_host(
+    family: str, lm_head: str, token_config: Config, short_models: Models, tmp_path: Path
+) -> None:
+    name = str(short_models(family))
+    settings = {"name": name, "lm_head": lm_head, "embeddings": "cpu"}
+    run = start_run(token_config(model=settings, optimizer={"learning_rate": 2e-2}))
+    began = adapter_state_dict(run.base.model)
+    assert run.train(quiet)
+    ended = adapter_state_dict(run.base.model)
+    assert not any(torch.equal(ended[key], tensor) for key, tensor in began.items() if ROWS in key)
+    assert plan_memory(ModelDirectory.open(Path(name)), run.config).adapter_parameters == sum(
+        tensor.numel() for tensor in ended.values()
+    )
+    assert evaluate_trained(open_trained(run.directory))["eval_loss"] > 0
+    merged = merge_run(run.directory, tmp_path / "merged", base="dequantized").report.verification
+    assert merged is not None
+    assert merged.plain is not None
+
+
+@pytest.mark.slow
+def test_a_tied_matrix_that_is_stored_twice_is_merged_twice(token_config: Config, tmp_path: Path) -> None:
+    base = make_model_directory(tmp_path / "base", "llama_tied", vocab_size=401)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    change_tensors(base, lambda tensors: tensors.update({head: tensors[embedding].clone()}))
+    run = start_run(token_config(model={"name": str(base)}, optimizer={"learning_rate": 2e-2}))
+    assert run.train(quiet)
+    merge_run(run.directory, tmp_path / "merged", base="dequantized")
+    written = ModelDirectory.open(tmp_path / "merged").tensors
+    assert written[embedding].shape[0] == 403
+    assert torch.equal(written[embedding].read(), written[head].read())
 
 
 @pytest.mark.slow
@@ -156,6 +191,25 @@ def test_rows_of_tokens_merge_into_a_base_that_was_grown_by_no_token(
         before, after = source.tensors[name].read().float(), written.tensors[name].read().float()
         changed = (before.half().float() != after).any(dim=1).nonzero()[:, 0].tolist()
         assert changed == [token]
+
+
+@pytest.mark.slow
+def test_commands_know_new_tokens(
+    token_config: Config, tmp_path: Path, qlora: Callable[..., tuple[int, str, str]]
+) -> None:
+    config = token_config(training={"max_steps": 1})
+    save_config(config, tmp_path / "tokens.yaml")
+    _, new = ids_of(config)
+    code, row, _ = qlora("inspect", tmp_path / "tokens.yaml", "--row", 0, "--json")
+    assert code == 0
+    assert {*new} & {*json.loads(row)["row"]["input_ids"]}
+    assert qlora("plan", tmp_path / "tokens.yaml")[0] == 0
+    code, _, said = qlora("train", tmp_path / "tokens.yaml")
+    assert code == 0
+    assert "and the rows of 5 tokens" in said
+    code, answer, _ = qlora("generate", config.training.output_dir, "--prompt", "the <gene> and <cell>")
+    assert code == 0
+    assert answer
 
 
 @pytest.mark.slow
@@ -204,14 +258,14 @@ def logits_of(model: Any, ids: Tensor, count: int) -> Tensor:
     return model(input_ids=ids).logits[..., :count]
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3"])
+@pytest.mark.parametrize(("family", "kind"), [("llama", "lora"), ("llama_tied", "dora"), ("gemma3", "lora")])
 def test_peft_computes_the_same_with_the_tokenizer_that_is_next_to_the_adapter(
-    family: str, short_models: Models, tmp_path: Path
+    family: str, kind: Any, short_models: Models, tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
     directory = ModelDirectory.open(short_models(family))
-    settings = AdapterConfig(rank=4, **ADAPTER)
+    settings = AdapterConfig(kind=kind, rank=4, **ADAPTER)
     ours = AutoModelForCausalLM.from_pretrained(directory.path, dtype=torch.float32).eval()
     paths = add_adapters(ours, settings, tokenizer=run_tokenizer(directory, settings))
     moved(ours)

@@ -2,11 +2,11 @@
 
 New tokens are ordinary words, not control tokens: where a row's text spells one, it becomes that token, and answers
 show it. Their ids are those that the tokenizer's library gives, the ones after its last; rows that a model's embedding
-has beyond its tokenizer are taken first. In files only tokenizer.json changes, by the entries of these tokens.
+has beyond its tokenizer are taken first. In files only the lists of added tokens change, by these.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -21,6 +21,9 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.turn_files import TOKENIZER_CONFIG
 
 _WITH_IT = "special_tokens_map.json"  # of older versions of transformers
+_OLDER_LIST = "added_tokens.json"  # of added tokens, likewise
+_LISTED = "added_tokens_decoder"  # the list of tokenizer_config.json
+_RULES = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 _CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is
 
 
@@ -103,28 +106,39 @@ def own_ids_with(directory: ModelDirectory, tokens: Sequence[str]) -> Callable[[
     return lambda texts: [each.ids for each in own.encode_batch(list(texts), add_special_tokens=False)]
 
 
-def tokenizer_json_with(directory: ModelDirectory, tokens: Sequence[str]) -> str:
-    """Write a directory's tokenizer.json with new tokens; all else in it stays.
+def changed_tokenizer_files(
+    directory: ModelDirectory, tokens: Sequence[str], settings: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Write the files of a tokenizer that new tokens change; all else in them stays.
 
     Args:
-        directory: of the model, with such a file.
-        tokens: that it has not.
+        directory: of the model, with a tokenizer.json.
+        tokens: that its tokenizer has not; none: no files.
+        settings: of tokenizer_config.json, where they are others than the directory's.
 
     Returns:
-        The text of the file.
+        Text by file name: tokenizer.json, and the other files that list added tokens, where there are any.
     """
+    if not tokens:
+        return {}
     own = own_tokenizer(directory)
     assert own is not None, "a tokenizer without the file was refused"
     own.add_tokens(_added(tokens))
+    ids = {token: own.token_to_id(token) for token in tokens}
     content = dict(read_json_object(directory.path / TOKENIZER_NAME))
-    rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    new = [{"id": own.token_to_id(token), "content": token, **rules} for token in tokens]
+    new = [{"id": ids[token], "content": token, **_RULES} for token in tokens]
     content["added_tokens"] = [*(content.get("added_tokens") or []), *new]
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    files = {TOKENIZER_NAME: _as_text(content)}
     with library_boundary(f"{directory.path / TOKENIZER_NAME} with adapter.new_tokens cannot be read"):
-        again = tokenizers.Tokenizer.from_str(text)
-    assert [again.token_to_id(token) for token in tokens] == [each["id"] for each in new], "the file gives other ids"
-    return text
+        again = tokenizers.Tokenizer.from_str(files[TOKENIZER_NAME])
+    assert {token: again.token_to_id(token) for token in tokens} == ids, "the file gives other ids"
+    found = dict(settings if settings is not None else _settings(directory))
+    if _LISTED in found:  # classes of transformers that make a tokenizer of its vocabulary go by this list alone
+        listed = {str(ids[token]): {"content": token, **_RULES} for token in tokens}
+        files[TOKENIZER_CONFIG] = _as_text({**found, _LISTED: {**found[_LISTED], **listed}})
+    if (directory.path / _OLDER_LIST).is_file():
+        files[_OLDER_LIST] = _as_text({**read_json_object(directory.path / _OLDER_LIST), **ids})
+    return files
 
 
 def tokenizer_files_with(directory: ModelDirectory, tokens: Sequence[str]) -> dict[str, str]:
@@ -139,14 +153,23 @@ def tokenizer_files_with(directory: ModelDirectory, tokens: Sequence[str]) -> di
     """
     if not tokens:
         return {}
-    files = {TOKENIZER_NAME: tokenizer_json_with(directory, tokens)}
-    settings = directory.path / TOKENIZER_CONFIG
-    found = dict(read_json_object(settings)) if settings.is_file() else {}
-    found.setdefault("tokenizer_class", _CLASS)  # without it transformers asks the model's config, which is elsewhere
-    files[TOKENIZER_CONFIG] = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    settings = _settings(directory)
+    settings.setdefault(
+        "tokenizer_class", _CLASS
+    )  # without it transformers asks the model's config, which is elsewhere
+    files = {TOKENIZER_CONFIG: _as_text(settings), **changed_tokenizer_files(directory, tokens, settings)}
     if (directory.path / _WITH_IT).is_file():
         files[_WITH_IT] = (directory.path / _WITH_IT).read_text(encoding="utf-8")
     return files
+
+
+def _settings(directory: ModelDirectory) -> dict[str, Any]:
+    path = directory.path / TOKENIZER_CONFIG
+    return dict(read_json_object(path)) if path.is_file() else {}
+
+
+def _as_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _added(tokens: Sequence[str]) -> list[tokenizers.AddedToken]:

@@ -13,8 +13,12 @@ from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load
 from qlora_trainer.adapters.tokens.new_tokens import run_tokenizer
 from qlora_trainer.adapters.tokens.token_choice import choose_tokens
 from qlora_trainer.adapters.tokens.token_modules import TokenEmbedding, TokenHead, token_modules
+from qlora_trainer.adapters.trainable import trainable_parameters
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig
+from qlora_trainer.data.batching.packing import make_packs
+from qlora_trainer.data.types import Example
+from qlora_trainer.model.forward import LossPath, find_loss_path, loss_sum
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 Models = Callable[[str], Path]
@@ -46,8 +50,12 @@ def test_trained_tokens_have_their_own_rows_and_all_others_the_bases() -> None:
         assert torch.equal(row, module.weight[token] if own is None else module.values[own])
 
 
-def test_the_gradient_of_the_embedding_is_right_in_fp64() -> None:
+@pytest.mark.parametrize(
+    "scale", [None, 2.5, torch.tensor(3.0, dtype=torch.float64)], ids=["plain", "number", "tensor"]
+)
+def test_the_gradient_of_the_embedding_is_right_in_fp64(scale: Any) -> None:
     module = embedding_of(11, [2, 7, 11, 12])
+    module.base.embed_scale = scale  # as Gemma 3 has one
     ids = torch.tensor([[2, 0, 12, 7], [2, 10, 2, 3]])
 
     def embedded(values: Tensor) -> Tensor:
@@ -131,6 +139,30 @@ def test_new_tokens_begin_as_the_mean_of_all_tokens_or_of_a_texts(tiny_models: M
     ):
         for _, values in module.own_parameters():
             torch.testing.assert_close(values, matrix.weight[:before].float().mean(dim=0).expand(2, -1))
+
+
+@pytest.mark.parametrize(("family", "settings"), [("llama", {}), ("llama_tied", {}), ("llama", {"lm_head": "8bit"})])
+def test_the_chunked_loss_has_the_gradient_of_the_models_own_logits(
+    tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    directory = make_model_directory(tmp_path / "model", family, vocab_size=401)
+    model = put(directory, {"new_tokens": NEW, "trainable_tokens": TRAINED}, **settings)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for _, parameter in trainable_parameters(model):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    path = find_loss_path(model)
+    assert not path.own_logits
+    (pack,) = make_packs([Example(row, row) for row in ([5, 402, 9, 400, 399, 1], [401, 7, 300])], 100, packing=True)
+    found = []
+    for each in (path, LossPath(own_logits=True)):
+        model.zero_grad()
+        loss = loss_sum(model, pack, each)
+        loss.backward()
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for _, p in trainable_parameters(model)])))
+    (ours, gradient), (theirs, expected) = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_an_adapter_in_bf16_keeps_rows_of_tokens_in_fp32_and_they_do_not_decay(tiny_llama: Path) -> None:
