@@ -18,6 +18,7 @@ from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.types import Example
+from qlora_trainer.merging.rounding import rounded_weights
 from qlora_trainer.model.forward import LossPath, find_loss_path, loss_sum
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -236,3 +237,13 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
     for token, height in ((7, 8), (8, 9)):
         choice = choose_tokens(new, Vocabulary(new=token), 8)
         assert (choice.ids, choice.height, choice.existing) == ((token,), height, token)
+
+
+def test_the_check_of_a_merge_rounds_the_rows_as_the_merge_does(tiny_llama: Path) -> None:
+    model = put(tiny_llama, {"trainable_tokens": TRAINED}, compute_dtype="float32")
+    for module in token_modules(model):
+        module.values.data.add_(1 / 3)
+        values = module.values.detach().clone()
+        with rounded_weights(model, torch.float16):
+            assert torch.equal(module.values, values.half().float())
+        assert torch.equal(module.values, values)
