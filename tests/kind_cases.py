@@ -14,6 +14,7 @@ class KindCase:
 
     settings: dict[str, Any]
     peft_config: Callable[[str], Any] | None = None  # by the family of the model, llama or gpt2; None: PEFT has no such
+    tokenizer: Any = None  # of a model without one, for settings that name tokens
 
     @property
     def config(self) -> AdapterConfig:
@@ -51,10 +52,23 @@ def _prefix(family: str) -> Any:
     return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
 
 
+def _tokens(family: str) -> Any:
+    """PEFT's config with rows of tokens, named in an order of its own; GPT-2's head shares the embedding's."""
+    config, ids = _lora(family), [9, 5]
+    config.trainable_token_indices = ids if family == "gpt2" else {"embed_tokens": ids, "lm_head": ids}
+    return config
+
+
+class _TwoTokens:
+    def get_vocab(self) -> dict[str, int]:
+        return {"Ġthe": 9, "Ġfox": 5}
+
+
 _OF_MLPS = {"rank": 4, "alpha": 8, "target_modules": "mlp"}
 CASES = {
     "lora": KindCase({"kind": "lora", **_OF_MLPS}, _lora),
     "dora": KindCase({"kind": "dora", **_OF_MLPS}, partial(_lora, use_dora=True)),
+    "tokens": KindCase({"kind": "lora", **_OF_MLPS, "trainable_tokens": ["Ġthe", "Ġfox"]}, _tokens, _TwoTokens()),
     "ia3": KindCase({"kind": "ia3"}, _ia3),
     "bottleneck": KindCase({"kind": "bottleneck", "bottleneck_size": 8}),
     "prompt": KindCase({"kind": "prompt", "virtual_tokens": 5}, _prompt),

@@ -6,7 +6,7 @@ most BLOCK_ELEMENTS elements. A dense head in the dtype of computation is used a
 Where fp32 logits of 16-bit products are wanted, as on a CPU, they are widened in place, and their gradients narrowed in
 place, so that no second tensor of their size exists.
 
-Legend: N tokens, H hidden size, V vocabulary.
+Legend: N tokens, H hidden size, V vocabulary, R rows that train.
 """
 
 from dataclasses import dataclass
@@ -81,12 +81,50 @@ class DenseRows:
         return self.weight[start:stop].to(dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class TrainedRows:
+    """Give the rows of a frozen matrix, with rows that train in the place of some and after its last."""
+
+    frozen: HeadRows  # (V, H)
+    values: Tensor  # (R, H), any floating dtype
+    ids: Tensor  # (R,) int64: which rows they are, ascending; V and all above are among them, without a gap
+    height: int  # rows of the whole, at least V
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (height, H).
+
+        Returns:
+            Rows and columns of the matrix.
+        """
+        return self.height, self.frozen.shape[1]
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the matrix, copied.
+
+        Args:
+            start: the first row.
+            stop: the row after the last.
+            dtype: of the result.
+
+        Returns:
+            The rows, (stop - start, H).
+        """
+        known = max(min(stop, self.frozen.shape[0]), start)
+        out = self.values.new_empty((stop - start, self.shape[1]), dtype=dtype)
+        if known > start:
+            out[: known - start] = self.frozen.rows(start, known, dtype)
+        inside = ((self.ids >= start) & (self.ids < stop)).nonzero()[:, 0]
+        return out.index_copy_(0, self.ids[inside] - start, self.values[inside].to(dtype))
+
+
 def multiply_by_head(
     hidden: Tensor,  # (N, H)
     head: HeadRows,
     dtype: torch.dtype,  # hidden's, or fp32 where that has 16 bits
     row_multiple: int = 1,
-) -> Tensor:  # (N, V) in `dtype`
+    columns: int = 0,
+) -> Tensor:  # (N, V), or (N, columns), in `dtype`
     """Compute hidden @ head.T, multiplied in hidden's dtype, without a second tensor of the result's size.
 
     Args:
@@ -94,36 +132,44 @@ def multiply_by_head(
         head: the matrix.
         dtype: of the result; hidden's, if rows are to begin at multiples.
         row_multiple: rows of the result begin at multiples of so many numbers; what lies between two is not set.
+        columns: of the result, of which those from V on are not set; at least V.
 
     Returns:
         The logits.
     """
     vocabulary, _ = head.shape
-    step = -(vocabulary // -row_multiple) * row_multiple
+    width = max(columns, vocabulary)
+    step = -(width // -row_multiple) * row_multiple
     if _is_ready(head, hidden.dtype) and dtype == hidden.dtype and step == vocabulary:
         return linear(hidden, head.rows(0, vocabulary, dtype))
-    out = hidden.new_empty((hidden.shape[0], step), dtype=dtype)[:, :vocabulary]
+    whole = hidden.new_empty((hidden.shape[0], step), dtype=dtype)[:, :width]
+    _multiply_into(whole[:, :vocabulary], hidden, head)
+    return whole
+
+
+def _multiply_into(out: Tensor, hidden: Tensor, head: HeadRows) -> None:
+    """Compute hidden @ head.T into columns of a tensor."""
+    dtype, vocabulary = out.dtype, head.shape[0]
     if _is_ready(head, hidden.dtype) and dtype == hidden.dtype:
-        return torch.mm(hidden, head.rows(0, vocabulary, dtype).T, out=out)
-    if _is_ready(head, hidden.dtype):
+        torch.mm(hidden, head.rows(0, vocabulary, dtype).T, out=out)
+    elif _is_ready(head, hidden.dtype):
         product = out.view(hidden.dtype)[:, :vocabulary]
         torch.mm(hidden, head.rows(0, vocabulary, hidden.dtype).T, out=product)
         # What is written over has been read: the right half by blocks before, and a block itself is copied aside.
         for block in reversed(_cut(vocabulary)):
             out[:, block] = product[:, block].clone()
-        return out
-    for block in _cut(*head.shape):
-        rows = head.rows(block.start, block.stop, hidden.dtype)
-        if out.dtype == hidden.dtype:
-            torch.mm(hidden, rows.T, out=out[:, block])
-        else:
-            out[:, block] = hidden @ rows.T
-        del rows  # or they would still be there when the next block's are made
-    return out
+    else:
+        for block in _cut(*head.shape):
+            rows = head.rows(block.start, block.stop, hidden.dtype)
+            if dtype == hidden.dtype:
+                torch.mm(hidden, rows.T, out=out[:, block])
+            else:
+                out[:, block] = hidden @ rows.T
+            del rows  # or they would still be there when the next block's are made
 
 
 def multiply_by_head_transposed_(
-    grad: Tensor,  # (N, V); its contents are lost
+    grad: Tensor,  # (N, V) or wider, of which the first V columns count; its contents are lost
     head: HeadRows,
     dtype: torch.dtype,  # grad's, or one of 16 bits where that is fp32
 ) -> Tensor:  # (N, H) in `dtype`

@@ -4,7 +4,9 @@ For a large vocabulary the logits (tokens x vocabulary, and their gradient) are 
 tokens with a label take part, a chunk of them at a time, and each chunk's gradient is made in forward, while its
 probabilities exist: softmax - one_hot, times the head. All of it happens in place, in one tensor of the chunk's logits.
 What is kept for backward is a tensor of the hidden states' size. The head is frozen, as everything in QLoRA but the
-adapters; it gets no gradient.
+adapters; it gets no gradient. Where some of its rows train (TrainedRows), their logits are written over those of the
+frozen ones, and their gradient is taken out before the frozen head is multiplied: these rows, and nothing of the head's
+size, get a gradient.
 
 On a card the logits stay in the dtype of the products, which has rounded them: one kernel computes from them in fp32
 and rounds their gradient once, which the next product takes as it is. A logit is written, read twice, overwritten and
@@ -12,7 +14,7 @@ read: 5 times its size, so 10 bytes moved in 16 bits, 20 in fp32. On a CPU the l
 precision are widened and narrowed in place (head_rows.py), and there are more passes: in 16 bits 56 bytes a logit, as
 once on a card too (`python -m benchmarks.bytes_moved`).
 
-Legend: T tokens, C tokens of a chunk, H hidden size, V vocabulary.
+Legend: T tokens, C tokens of a chunk, H hidden size, V vocabulary, R rows of the head that train.
 """
 
 from typing import Any
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.card import card_of
-from qlora_kernels.head_rows import DenseRows, HeadRows, multiply_by_head, multiply_by_head_transposed_
+from qlora_kernels.head_rows import DenseRows, HeadRows, TrainedRows, multiply_by_head, multiply_by_head_transposed_
 from qlora_kernels.registry import define
 from qlora_kernels.softmax_loss import softmax_loss_
 
@@ -64,14 +66,14 @@ def linear_cross_entropy(
     """Compute the cross entropy summed over the tokens that have a label; 0 where none has.
 
     Logits are z = (hidden @ head.T + bias) * logit_scale, then softcap * tanh(z / softcap) where given. Products are in
-    hidden's dtype, all else in fp32 (fp64 for fp64 input). The gradient goes to hidden only, in its dtype; rows without
-    a label get zero and never enter the arithmetic. Backward can be called once. Memory beyond the hidden states and
-    their gradient: one (C, V), on a card in hidden's dtype, else in fp32, and where the head or its products are not
-    used as they are, a block of them.
+    hidden's dtype, all else in fp32 (fp64 for fp64 input). The gradient goes to hidden, in its dtype, and to the rows
+    of the head that train; tokens without a label get zero and never enter the arithmetic. Backward can be called once.
+    Memory beyond the hidden states and their gradient: one (C, V), on a card in hidden's dtype, else in fp32, and where
+    the head or its products are not used as they are, a block of them.
 
     Args:
         hidden: of any number of documents.
-        head: frozen.
+        head: frozen, but for the values of TrainedRows.
         labels: already shifted; IGNORED where there is none.
         bias: of the head, frozen.
         softcap: bound of the logits.
@@ -89,11 +91,12 @@ def linear_cross_entropy(
     if chunk_tokens is None:
         chunk_tokens = tokens_of_a_chunk(rows.shape[0], hidden.shape[0], hidden.element_size(), on_card=on_card)
     settings = (label_rows, softcap, logit_scale, chunk_tokens, on_card)
+    values = rows.values if isinstance(rows, TrainedRows) else None
     if not torch.is_grad_enabled():
         return _loss_and_gradient(hidden, rows, labels, bias, *settings, with_gradient=False)[0]
     frozen = not any(tensor.requires_grad for tensor in (head, bias) if isinstance(tensor, Tensor))
     assert frozen, "linear_cross_entropy gives the head and its bias no gradient: freeze them (requires_grad_(False))"
-    return _LinearCrossEntropy.apply(hidden, rows, labels, bias, *settings)
+    return _LinearCrossEntropy.apply(hidden, values, rows, labels, bias, *settings)
 
 
 def tokens_of_a_chunk(vocabulary: int, tokens: int, itemsize: int, *, on_card: bool) -> int:
@@ -116,8 +119,10 @@ def tokens_of_a_chunk(vocabulary: int, tokens: int, itemsize: int, *, on_card: b
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *arguments: Any) -> Tensor:
-        loss, ctx.gradient = _loss_and_gradient(hidden, *arguments, with_gradient=ctx.needs_input_grad[0])
+    def forward(ctx: Any, hidden: Tensor, values: Tensor | None, *arguments: Any) -> Tensor:
+        wanted = any(ctx.needs_input_grad[:2])
+        loss, ctx.gradient, ctx.of_values = _loss_and_gradient(hidden, *arguments, with_gradient=wanted)
+        ctx.values_dtype = None if values is None else values.dtype
         return loss
 
     @staticmethod
@@ -125,7 +130,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None, "linear_cross_entropy gives its gradient away in backward: it can be called once"
-        return (gradient.mul_(grad_loss), *([None] * 8))
+        of_values, ctx.of_values = ctx.of_values, None
+        if of_values is not None:
+            of_values = of_values.mul_(grad_loss).to(ctx.values_dtype)
+        return (gradient.mul_(grad_loss), of_values, *([None] * 8))
 
 
 def _loss_and_gradient(
@@ -140,24 +148,40 @@ def _loss_and_gradient(
     on_card: bool,
     *,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:  # () and (T, H)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # (), (T, H) and (R, H)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits_dtype, row_multiple = (hidden.dtype, ALIGNED) if on_card else (dtype, 1)
     loss = torch.zeros((), dtype=dtype, device=hidden.device)
     gradient = torch.zeros_like(hidden) if with_gradient else None
+    trained = head if isinstance(head, TrainedRows) else None
+    frozen = head if trained is None else trained.frozen
+    of_values = torch.zeros_like(trained.values, dtype=dtype) if trained is not None and with_gradient else None
     for rows in label_rows.split(chunk_tokens):
         targets = labels.index_select(0, rows).unsqueeze(1)  # (C, 1)
         chunk = hidden.index_select(0, rows)  # (C, H)
-        logits = multiply_by_head(chunk, head, logits_dtype, row_multiple)  # (C, V)
+        logits = multiply_by_head(chunk, frozen, logits_dtype, row_multiple, head.shape[0])  # (C, V)
+        if trained is not None:
+            own = chunk @ trained.values.detach().to(chunk.dtype).T  # (C, R)
+            logits.index_copy_(1, trained.ids, own.to(logits_dtype))
+            del own
         del chunk
         losses = softmax_loss_(
             logits, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, with_gradient=with_gradient
         )
         loss += losses.sum()
         if gradient is not None:  # the logits are their gradient now
-            gradient.index_copy_(0, rows, multiply_by_head_transposed_(logits, head, hidden.dtype))
+            if trained is not None and of_values is not None:
+                own = logits.index_select(1, trained.ids)  # (C, R)
+                logits.index_fill_(1, trained.ids, 0)
+                of_values.addmm_(own.T.to(dtype), hidden.index_select(0, rows).to(dtype))
+            of_chunk = multiply_by_head_transposed_(logits, frozen, hidden.dtype)  # (C, H)
+            if trained is not None:
+                of_chunk.addmm_(own.to(hidden.dtype), trained.values.detach().to(hidden.dtype))
+                del own
+            gradient.index_copy_(0, rows, of_chunk)
+            del of_chunk
         del logits  # or they would still be there when the next chunk's are made
-    return loss, gradient
+    return loss, gradient, of_values
 
 
 def _label_rows(labels: Tensor) -> Tensor:

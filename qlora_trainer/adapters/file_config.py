@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from qlora_trainer.adapters.folds import Fold
+from qlora_trainer.adapters.folds import Fold, MergedTokens
 from qlora_trainer.config.schema import AdapterConfig
 
 PEFT_PREFIX = "base_model.model."
@@ -46,6 +46,11 @@ class FileConfig(BaseModel, ABC):
     def is_stored_transposed(self) -> bool:
         """Return True if the base stores the adapted weights (I, O), as GPT-2's Conv1D does."""
         return False
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return the tokens whose rows of embedding and head trained, ascending; none for most kinds."""
+        return ()
 
     @classmethod
     def from_raw(cls, raw: Mapping[str, Any]) -> tuple[Self | None, list[str]]:
@@ -150,6 +155,28 @@ class FileConfig(BaseModel, ABC):
 
         Returns:
             Values by the names of fields of AdapterConfig.
+        """
+        return {}
+
+    def in_order(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put what a file has in an order of its own in ours: rows of tokens in that of the ids.
+
+        Args:
+            tensors: by PEFT's names, as `check_tensors` passed them.
+
+        Returns:
+            The tensors.
+        """
+        return dict(tensors)
+
+    def token_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, MergedTokens]:
+        """Find the rows of tokens that were trained.
+
+        Args:
+            tensors: by PEFT's names, in the order of the ids.
+
+        Returns:
+            Rows by the path of the embedding or head; of the embedding alone where the head shares its weight.
         """
         return {}
 

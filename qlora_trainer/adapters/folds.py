@@ -8,6 +8,7 @@ Left out: the formulas (formulas.py), and which kinds fold (kinds/).
 Legend: O out features, I in features, R rank, N rows of the O.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -235,3 +236,44 @@ class ScaleFold:
 def _before(change: Tensor, factors: Tensor) -> Tensor:
     """Return the change that these factors turn into `change`; none where a factor is 0."""
     return torch.where(factors == 0, 0.0, change / factors)
+
+
+@dataclass(frozen=True, eq=False)
+class MergedTokens:
+    """Hold rows of an embedding or LM head that a merge puts in the place of the base's, or after its last."""
+
+    ids: tuple[int, ...]  # ascending
+    values: Tensor  # (tokens, I), any floating dtype
+
+    def height(self, rows: int) -> int:
+        """Return the rows of the merged matrix.
+
+        Args:
+            rows: of the base's.
+
+        Returns:
+            The count.
+        """
+        return max(rows, self.ids[-1] + 1)
+
+    def over(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Put the rows over those of the base.
+
+        Args:
+            blocks: of the base's matrix, (N, I) fp32 each, all rows in order.
+
+        Yields:
+            Blocks of the merged matrix, in order.
+        """
+        start = 0
+        for block in blocks:
+            stop = start + len(block)
+            inside = [row for row, token in enumerate(self.ids) if start <= token < stop]
+            if inside:
+                places = torch.tensor([self.ids[row] - start for row in inside], device=block.device)
+                block = block.index_copy(0, places, self.values[inside].to(block))
+            yield block
+            start = stop
+        new = [row for row, token in enumerate(self.ids) if token >= start]
+        if new:
+            yield self.values[new].float()

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.adapters.kinds.kind import TextTokenizer
 from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.tokens.token_choice import TextTokenizer
 from qlora_trainer.adapters.trainable import (
     AdapterModule,
     BiasMode,

@@ -102,7 +102,7 @@ def read_adapter(directory: Path) -> StoredAdapter:
     _check_files(directory)
     config = read_config(directory / ADAPTER_CONFIG)
     tensors = _read_tensors(directory / ADAPTER_WEIGHTS, config)
-    return StoredAdapter(config, {name: tensor.float() for name, tensor in tensors.items()})
+    return StoredAdapter(config, {name: tensor.float() for name, tensor in config.in_order(tensors).items()})
 
 
 def read_config(path: Path) -> FileConfig:

@@ -92,6 +92,17 @@ class AdapterModule(nn.Module):
         """
         return self.get_parameter(name).dim() > 1
 
+    def is_merged_as_it_is(self, name: str) -> bool:
+        """Return True if a merge writes a parameter's values into the base's weight, in its dtype, as they are.
+
+        Args:
+            name: inside the module.
+
+        Returns:
+            False, by default: they make another weight, or none.
+        """
+        return False
+
     def hold(self) -> None:
         """Compute from now on with what depends on the base's weight now, until `let_go`; by default nothing does."""
 

@@ -41,13 +41,13 @@ def inspect(
     settings = read_settings("inspect", config, overrides or [], options)
     check_inputs(settings)
 
+    from qlora_trainer.adapters.tokens.new_tokens import run_tokenizer
     from qlora_trainer.cli.show_rows import describe_row, legend, show_report, show_row
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.errors import missing_files_name
     from qlora_trainer.data.batching.loader import StepLoader, micro_batch_tokens
     from qlora_trainer.data.preparation.overview import make_overview
     from qlora_trainer.model.source import TOKENIZER_FILES, resolve_model
-    from qlora_trainer.model.tokenizer import load_tokenizer
     from qlora_trainer.planning.attention_trial import known_to_keep_apart
     from qlora_trainer.runs.directory import prepare_data
 
@@ -56,7 +56,7 @@ def inspect(
             directory = resolve_model(
                 settings.model.name, settings.model.revision, user_cache(), progress, files=TOKENIZER_FILES
             )
-        tokenizer = load_tokenizer(directory)
+        tokenizer = run_tokenizer(directory, settings.adapter)
         prepared = prepare_data(settings, tokenizer, directory, progress)
     loader = StepLoader(
         prepared.train,

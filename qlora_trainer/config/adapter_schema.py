@@ -15,9 +15,10 @@ from qlora_trainer.config.data_schema import Section
 
 _OF_LINEAR = ("target_modules", "layers_to_transform")  # of kinds that adapt linear layers
 _OF_LORA = (*_OF_LINEAR, "bias", "rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
+_TOKENS = ("new_tokens", "trainable_tokens")  # of kinds whose file in PEFT's format has rows of tokens
 SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
-    "lora": (*_OF_LORA, "fused_parts"),
-    "dora": _OF_LORA,
+    "lora": (*_OF_LORA, *_TOKENS, "fused_parts"),
+    "dora": (*_OF_LORA, *_TOKENS),
     "ia3": (*_OF_LINEAR, "feedforward_modules"),
     "bottleneck": ("bottleneck_size", "activation", "placement"),
     "prompt": ("virtual_tokens", "prompt_init_text"),
@@ -101,6 +102,15 @@ class AdapterConfig(Section):
         description="Dtype of what the adapter trains and of its gradients. bfloat16 takes half the memory and loses "
         "small updates. auto: float32, or bfloat16 where the run fits only so.",
     )
+    new_tokens: list[str] | dict[str, str] = Field(
+        [],
+        description="Tokens to add to the tokenizer, whose rows of embedding and LM head train: a list, or {token: "
+        "text} to begin each as the mean of a text's tokens. Without a text it begins as the mean of all tokens.",
+    )
+    trainable_tokens: list[str] = Field(
+        [],
+        description="Tokens that the tokenizer has, such as [<|im_start|>], whose rows of embedding and LM head train.",
+    )
     virtual_tokens: int = Field(
         20,
         ge=1,
@@ -164,6 +174,28 @@ class AdapterConfig(Section):
                 "prefix takes one for each: nothing is left for a row. Lower adapter.virtual_tokens."
             )
         return positions - self.virtual_tokens
+
+    @property
+    def new_token_texts(self) -> dict[str, str | None]:
+        """Return the texts whose mean new tokens begin as, by token; None for the mean of all tokens."""
+        return {**self.new_tokens} if isinstance(self.new_tokens, dict) else dict.fromkeys(self.new_tokens)
+
+    @property
+    def trains_tokens(self) -> bool:
+        """Return True if rows of the embedding and the LM head train."""
+        return bool(self.new_tokens or self.trainable_tokens)
+
+    @field_validator("new_tokens", "trainable_tokens")
+    @classmethod
+    def _tokens_are_named_once(cls, value: list[str] | dict[str, str]) -> list[str] | dict[str, str]:
+        if not all(token.strip() for token in value):
+            raise ValueError("names an empty token; write its text, or leave it out")
+        if len(set(value)) < len(value):
+            twice = next(token for token in value if list(value).count(token) > 1)
+            raise ValueError(f"names {twice!r} twice")
+        if isinstance(value, dict) and (empty := [token for token, text in value.items() if not text.strip()]):
+            raise ValueError(f"gives {empty[0]!r} an empty text; write what it begins as, or give a list of tokens")
+        return value
 
     @field_validator("prompt_init_text")
     @classmethod

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora_trainer.adapters.tokens.new_tokens import add_new_tokens
 from qlora_trainer.common.boundary import is_from_library
 from qlora_trainer.data.preparation.prepare import ExampleSet
 from qlora_trainer.data.rendering.dialogue import Dialogue, make_dialogue, with_numbered_ids, with_reasoning_apart
@@ -36,7 +37,7 @@ class CheckPrompt:
 
 
 def asked_tokenizer(plan: MergePlan) -> Any:
-    """Load the base's tokenizer as transformers does, with the chat template that the merged model gets.
+    """Load the base's tokenizer as transformers does, with the new tokens and chat template that the merged model gets.
 
     Args:
         plan: of the merge, with what training taught about turns.
@@ -45,6 +46,8 @@ def asked_tokenizer(plan: MergePlan) -> Any:
         The tokenizer; None where transformers has none.
     """
     plain: Any = plain_tokenizer(plan.inputs.base)
+    if plain is not None:
+        add_new_tokens(plain, plan.inputs.base, plan.inputs.new_tokens)
     if plain is not None and CHAT_TEMPLATE in plan.changed:
         plain.chat_template = plan.changed[CHAT_TEMPLATE]
     return plain

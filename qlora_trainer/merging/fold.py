@@ -163,6 +163,8 @@ def merged_blocks(
     elif not plan.output.dtype.is_floating_point:
         for _, block in read_blocks(plan.source):
             yield block
+    elif plan.tokens is not None:
+        yield from plan.tokens.over(_weight_blocks(plan, base, device, checks))
     elif plan.transposed:  # the rows of the file are columns here: gather the whole, which Conv1D models can bear
         yield torch.cat(list(_weight_blocks(plan, base, device, checks))).T
     else:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from qlora_trainer.adapters.tokens.put_tokens import check_token_ids
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import (
     CheckpointError,
@@ -291,7 +292,8 @@ def _examine_forward(run: MergeRun, progress: Progress) -> ForwardPlan:
 
 def _with_adapter(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
     model = _load_whole(run, base, progress) if run.stream is None else fill_model(run.stream)
-    add_adapters(model, run.trained.config.adapter, run.trained.config.training.seed)
+    add_adapters(model, run.trained.config.adapter, run.trained.config.training.seed, run.tokenizer)
+    check_token_ids(model, run.trained.adapter.config)
     load_adapter_state(model, run.trained.adapter.tensors)
     return model.eval()
 

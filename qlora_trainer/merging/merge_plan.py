@@ -8,7 +8,8 @@ Legend: O out features, I in features, R rank.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,9 +17,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from qlora_trainer.adapters.folds import Fold
+from qlora_trainer.adapters.folds import Fold, MergedTokens
 from qlora_trainer.adapters.kinds.table import ADAPTER_KINDS
 from qlora_trainer.adapters.peft_format import StoredAdapter
+from qlora_trainer.adapters.tokens.new_tokens import changed_tokenizer_files
 from qlora_trainer.common.atomic import refuse_existing, remove_leftovers
 from qlora_trainer.common.errors import MergeError
 from qlora_trainer.common.units import dtype_name
@@ -31,14 +33,17 @@ from qlora_trainer.merging.trained_weights import (
 )
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.load import config_corrections
+from qlora_trainer.model.tokenizer import TOKENIZER_NAME
 from qlora_trainer.weights.listing import checkpoint_name
 from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.reading import same_values
 from qlora_trainer.weights.side_files import files_to_copy, refuse_full_disk
 from qlora_trainer.weights.tensors import TensorInfo, TensorSpec
-from qlora_trainer.weights.turn_files import TaughtTurns, turn_files
+from qlora_trainer.weights.turn_files import TOKENIZER_CONFIG, TaughtTurns, turn_files
 
 MergeBase = Literal["dequantized", "original"]
 OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class MergeInputs:
     base: ModelDirectory  # the checkpoint to merge from
     fingerprint: BaseFingerprint  # of the base as trained
     adapter: StoredAdapter
+    new_tokens: tuple[str, ...] = ()  # that the tokenizer was given
 
     @property
     def is_stored_transposed(self) -> bool:
@@ -65,6 +71,7 @@ class TensorPlan:
     recorded: RecordedTensor | None = None  # it was not, and the fingerprint knows it
     fold: Fold | None = None  # what trained next to it
     replacement: Tensor | None = None  # a trained bias
+    tokens: MergedTokens | None = None  # trained rows of the embedding or head
     transposed: bool = False  # stored (I, O)
 
 
@@ -97,8 +104,31 @@ class MergePlan:
             The plan with the files that change.
         """
         files, changes = turn_files(self.inputs.base, taught)
+        return self._with_files(files, changes).with_new_tokens()
+
+    def with_new_tokens(self) -> Self:
+        """Let the merged model's tokenizer have the new tokens of training.
+
+        Returns:
+            The plan with the files that change, if any do.
+        """
+        if not self.inputs.new_tokens:
+            return self
+        settings = self.changed.get(TOKENIZER_CONFIG)
+        files = changed_tokenizer_files(
+            self.inputs.base, self.inputs.new_tokens, None if settings is None else json.loads(settings)
+        )
+        names = " and ".join(map(repr, self.inputs.new_tokens[:_MOST_NAMED]))
+        more = len(self.inputs.new_tokens) - _MOST_NAMED
+        also = f" and {more} more" if more > 0 else ""
+        return self._with_files(files, [f"{TOKENIZER_NAME}: with the new tokens {names}{also}"])
+
+    def _with_files(self, files: Mapping[str, str], changes: Sequence[str]) -> Self:
         copied = [path for path in self.copied if str(path.relative_to(self.inputs.base.path)) not in files]
-        return dataclasses.replace(self, copied=copied, changed=files, changes=tuple(changes))
+        changed = {**self.changed, **files}
+        return dataclasses.replace(
+            self, copied=copied, changed=changed, changes=tuple(dict.fromkeys([*self.changes, *changes]))
+        )
 
     def with_dtype(self, dtype: torch.dtype) -> Self:
         """Write the weights in another dtype.
@@ -174,11 +204,13 @@ def plan_merge(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.flo
     base = inputs.base
     tensors = _plan_tensors(inputs, dtype)
     copied = files_to_copy(base.path)
+    corrections = {**config_corrections(base), **_vocabulary(base, tensors)}
     remove_leftovers(output)
     needed = sum(plan.output.nbytes for plan in tensors) + sum(path.stat().st_size for path in copied)
     refuse_full_disk(output, needed, "The merged model")
     has_original = not (base.quant_states or base.facts.is_prequantized)
-    return MergePlan(inputs, output, dtype, tensors, copied, config_corrections(base), has_original)
+    plan = MergePlan(inputs, output, dtype, tensors, copied, corrections, has_original)
+    return plan.with_new_tokens()
 
 
 def _plan_tensors(inputs: MergeInputs, dtype: torch.dtype) -> list[TensorPlan]:
@@ -189,6 +221,7 @@ def _plan_tensors(inputs: MergeInputs, dtype: torch.dtype) -> list[TensorPlan]:
     inputs.adapter.config.check_tensors(inputs.adapter.tensors, "The adapter")
     folds, biases = _by_stored_name(inputs)
     _refuse_tied(base, folds)
+    tokens = _token_rows(inputs)
 
     belongs_to_weight = {info.name for keys in base.quant_states.values() for info in keys.values()}
     plans = []
@@ -202,6 +235,7 @@ def _plan_tensors(inputs: MergeInputs, dtype: torch.dtype) -> list[TensorPlan]:
             recorded=recorded.get(name),
             fold=folds.get(name),
             replacement=biases.get(name),
+            tokens=tokens.get(name),
             transposed=inputs.is_stored_transposed and (name in trained or name in folds) and len(info.shape) > 1,
         )
         plans.append(dataclasses.replace(plan, output=_output_spec(plan, dtype)))
@@ -227,6 +261,24 @@ def _by_stored_name(inputs: MergeInputs) -> tuple[dict[str, Fold], dict[str, Ten
     return folds, biases
 
 
+def _token_rows(inputs: MergeInputs) -> dict[str, MergedTokens]:
+    """Return trained rows of embedding and head, by the checkpoint's names; a tied head may be stored again."""
+    tensors, stored_as = inputs.base.tensors, inputs.fingerprint.stored_as
+    rows = inputs.adapter.config.token_rows(inputs.adapter.tensors)
+    found = {name_of(f"{path}.weight", tensors, stored_as, "has trained rows"): tokens for path, tokens in rows.items()}
+    if len(found) == 1:
+        ((name, tokens),) = found.items()
+        found |= {each: tokens for each, info in tensors.items() if each != name and same_values(tensors[name], info)}
+    return found
+
+
+def _vocabulary(base: ModelDirectory, tensors: Sequence[TensorPlan]) -> dict[str, int]:
+    """Return the key of config.json that says how many rows embedding and head have, where they get more."""
+    heights = {plan.output.shape[0] for plan in tensors if plan.tokens}
+    changed = heights - {base.facts.vocabulary}
+    return {"vocab_size": changed.pop()} if changed else {}
+
+
 def _refuse_tied(base: ModelDirectory, folds: Mapping[str, object]) -> None:
     """Refuse an adapter on one of two tied weights: once folded, it would be read by both."""
     embeddings = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
@@ -249,10 +301,16 @@ def _output_spec(plan: TensorPlan, dtype: torch.dtype) -> TensorSpec:
             f"{info.name} is stored as {dtype_name(info.dtype)}, an 8-bit quantization this merge does not know. "
             "Convert the base to 16 bits first."
         )
-    return TensorSpec(info.name, dtype, info.shape)
+    rows = plan.tokens.height(info.shape[0]) if plan.tokens else 0
+    return TensorSpec(info.name, dtype, (rows, *info.shape[1:]) if plan.tokens else info.shape)
 
 
 def _check_shapes(plan: TensorPlan) -> None:
+    if plan.tokens is not None and plan.source.shape[1:] != plan.tokens.values.shape[1:]:
+        raise MergeError(
+            f"The adapter has rows of {plan.tokens.values.shape[1]} numbers for {plan.source.name}, whose shape is "
+            f"{plan.source.shape}. It was made for another model."
+        )
     shape = plan.output.shape[::-1] if plan.transposed else plan.output.shape  # (O, I) of a weight
     if plan.fold is not None and not plan.fold.fits(shape):
         raise MergeError(

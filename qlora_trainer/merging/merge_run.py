@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from qlora_trainer.adapters.kinds.table import adapter_kind
+from qlora_trainer.adapters.tokens.new_tokens import run_tokenizer
 from qlora_trainer.common.atomic import refuse_existing
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, DtypeRangeError, MergeError, memory_errors
@@ -50,7 +51,6 @@ from qlora_trainer.model.fingerprint import config_identity
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.model.modules.activation_range import ActivationRange
 from qlora_trainer.model.source import resolve_model
-from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.runs.directory import read_run_config
 from qlora_trainer.runs.trained import newest_adapter, read_trained
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -251,8 +251,10 @@ def _open_run(run_dir: Path, output: Path, dtype: torch.dtype, model: str | None
     config = config_identity(directory.config_json)
     if difference := trained.fingerprint.difference(dataclasses.replace(trained.fingerprint, config=config)):
         raise CheckpointError(f"The base {name} is not the one this adapter was trained on: {difference}.")
-    plan = plan_merge(MergeInputs(directory, trained.fingerprint, trained.adapter), output, dtype)
-    return MergeRun(trained, name, plan, load_tokenizer(directory), choose_device(settings.device), stream=None)
+    tokenizer = run_tokenizer(directory, trained.config.adapter)
+    new_tokens = (*trained.config.adapter.new_tokens,)
+    plan = plan_merge(MergeInputs(directory, trained.fingerprint, trained.adapter, new_tokens), output, dtype)
+    return MergeRun(trained, name, plan, tokenizer, choose_device(settings.device), stream=None)
 
 
 def _check_recorded(run: MergeRun, progress: Progress) -> None:

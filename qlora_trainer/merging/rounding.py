@@ -112,7 +112,7 @@ def rounded_weights(model: Any, dtype: torch.dtype) -> Iterator[None]:
     """
     adapters = adapter_modules(model).values()
     folds = {id(module.base): (module.fold(), module.bias_fold()) for module in adapters}
-    own = {id(parameter) for module in adapters for _, parameter in module.own_parameters()}
+    own = {id(p) for module in adapters for name, p in module.own_parameters() if not module.is_merged_as_it_is(name)}
     with ExitStack() as undo:
         for adapter in adapters:
             undo.callback(adapter.let_go)

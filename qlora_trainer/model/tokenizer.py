@@ -10,7 +10,7 @@ a tokenizer of a sentencepiece model (sentencepiece_model.py).
 import inspect
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,21 +120,6 @@ def own_tokenizer(directory: ModelDirectory) -> tokenizers.Tokenizer | None:
         own.no_truncation()
         own.no_padding()
         return own
-
-
-def own_token_ids(directory: ModelDirectory) -> Callable[[Sequence[str]], list[list[int]]] | None:
-    """Return what encodes texts by the directory's tokenizer.json alone, to compare rows with.
-
-    Args:
-        directory: of the model.
-
-    Returns:
-        A function from texts to the ids of each; None where there is no such file.
-    """
-    own = own_tokenizer(directory)
-    if own is None:
-        return None
-    return lambda texts: [each.ids for each in own.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def _read_small_files(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.adapters.trainable import leading_ids
 from qlora_trainer.common.boundary import as_model_error
 from qlora_trainer.common.errors import ModelError
-from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.schema import AdapterConfig, RunConfig
 from qlora_trainer.data.batching.loader import micro_batch_tokens
 from qlora_trainer.data.batching.packing import Example, Pack, make_packs
 from qlora_trainer.model.device import compute_dtype_of, current_card, refuse_unknown_kernels
@@ -109,7 +109,7 @@ def empty_run(
     model = build_skeleton(directory, layers, dtype)
     with fake:
         fill_skeleton(model, config.model, dtype)
-        add_adapters(model, config.adapter, config.training.seed, _of_any_text)
+        add_adapters(model, config.adapter, config.training.seed, _AnyTokenizer(config.adapter, directory))
         rows = [Example([1], [1]).after(leading_ids(model))] * config.training.global_batch_size
         workers = workers_for(config.training, on_cpu=card is None)
         state = build_state(model, config, rows, dtype, policy, workers=workers)
@@ -181,9 +181,24 @@ def as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
     return dataclasses.replace(pack, input_ids=ids, labels=labels, position_ids=positions, bounds_on_device=bounds)
 
 
-def _of_any_text(_: str) -> dict[str, list[int]]:
-    """Take the place of a tokenizer: a plan depends on no values."""
-    return {"input_ids": [0]}
+class _AnyTokenizer:
+    """Take the place of a tokenizer: a plan depends on no values. New tokens are behind the embedding's rows.
+
+    Args:
+        settings: the config's section `adapter`, whose tokens it has.
+        directory: of the model.
+    """
+
+    def __init__(self, settings: AdapterConfig, directory: ModelDirectory) -> None:
+        after = directory.facts.vocabulary or 0
+        self.ids = {token: index for index, token in enumerate(settings.trainable_tokens)}
+        self.ids |= {token: after + index for index, token in enumerate(settings.new_tokens)}
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [0]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.ids
 
 
 def _most_costly_documents(

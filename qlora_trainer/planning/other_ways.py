@@ -92,7 +92,9 @@ def base_parameters(model: Any) -> int:
     """
     dense = sum(p.numel() for p in (*model.parameters(), *tensors_on_cpu(model)) if not p.requires_grad)
     dense += sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, NF4Linear))
-    heads = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, QuantizedHead)}
+    heads = {
+        f"{path.removesuffix('.base')}.weight": m for path, m in model.named_modules() if isinstance(m, QuantizedHead)
+    }
     tied = tied_weight_names(model)  # of which a quantized one is a copy
     return dense + sum(math.prod(head.shape) for name, head in heads.items() if name not in {*tied, *tied.values()})
 

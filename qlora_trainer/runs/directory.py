@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qlora_trainer.adapters.tokens.new_tokens import own_ids_with, vocabulary_with
 from qlora_trainer.common.atomic import write_text
 from qlora_trainer.common.boundary import read_bounded_json
 from qlora_trainer.common.cache import user_cache
@@ -20,7 +21,6 @@ from qlora_trainer.config.load import dump_config, load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
 from qlora_trainer.data.rendering.renderer import Renderer
-from qlora_trainer.model.tokenizer import own_token_ids
 from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.turn_files import base_stop_ids
@@ -92,7 +92,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progr
 
     Args:
         config: of the run.
-        tokenizer: of the run's model.
+        tokenizer: of the run's model, with its new tokens.
         model: the directory of the run's model.
         progress: is called as rows are prepared.
 
@@ -106,8 +106,8 @@ def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progr
         max_positions=config.adapter.positions_of_rows(model.facts.positions),
         seed=config.training.seed,
         cache_dir=user_cache() / "data",
-        vocab_size=model.facts.vocabulary,
-        own_ids=lambda: own_token_ids(model),
+        vocab_size=vocabulary_with(tokenizer, config.adapter, model.facts.vocabulary),
+        own_ids=lambda: own_ids_with(model, [*config.adapter.new_tokens]),
         leading_ids=range(first, first + config.adapter.leading_tokens),
         progress=progress,
     )

@@ -6,6 +6,7 @@ The formula is in planning/speed.
 import numpy as np
 import torch
 
+from qlora_trainer.adapters.tokens.new_tokens import run_tokenizer
 from qlora_trainer.common.errors import QLoRATrainerError, first_line
 from qlora_trainer.common.progress import Progress
 from qlora_trainer.config.schema import RunConfig
@@ -13,7 +14,6 @@ from qlora_trainer.data.batching.loader import StepLoader, micro_batch_tokens
 from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.data.preparation.source_keys import check_files
 from qlora_trainer.model.device import current_card
-from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.planning.empty_run import planned_card, planned_dtype
 from qlora_trainer.planning.memory_plan import Budget, MemoryPlan
 from qlora_trainer.planning.speed.candidates import Pace
@@ -174,7 +174,8 @@ def pace_to_plan(
     if directory is not None:
         try:
             check_files(config.data)
-            steps = steps_to_take(config, prepare_data(config, load_tokenizer(directory), directory, progress))
+            tokenizer = run_tokenizer(directory, config.adapter)
+            steps = steps_to_take(config, prepare_data(config, tokenizer, directory, progress))
         except QLoRATrainerError as error:
             note = f"The rows could not be had ({first_line(error)}); these are rows of full length."
     workers = workers_for(config.training, on_cpu=config.model.device == "cpu")

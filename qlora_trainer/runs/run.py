@@ -15,7 +15,8 @@ import torch
 from qlora_trainer.adapters.inject import adapter_state_dict
 from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.adapters.peft_format import write_adapter
-from qlora_trainer.common.atomic import new_directory
+from qlora_trainer.adapters.tokens.new_tokens import tokenizer_files_with
+from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import (
     DiskError,
@@ -232,11 +233,13 @@ class Run:
         give_back_memory()
 
     def write_adapter(self, directory: Path) -> None:
-        """Write the adapter in its present state, in PEFT's format.
+        """Write the adapter in its present state, in PEFT's format, with the tokenizer where it has new tokens.
 
         Args:
-            directory: exists, and receives both files.
+            directory: exists, and receives the files.
         """
+        for name, text in tokenizer_files_with(self.base.directory, [*self.config.adapter.new_tokens]).items():
+            write_text(directory / name, text)
         settings, model = self.config.adapter, self.base.model
         tensors = adapter_state_dict(model)
         named = {"base_model_name_or_path": self.config.model.name, "revision": self.config.model.revision}

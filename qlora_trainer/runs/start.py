@@ -15,6 +15,8 @@ import torch
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.adapters.peft_format import read_adapter
+from qlora_trainer.adapters.tokens.new_tokens import run_tokenizer
+from qlora_trainer.adapters.tokens.put_tokens import check_token_ids
 from qlora_trainer.common.atomic import new_directory, refuse_existing
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, missing_files_name
@@ -35,7 +37,6 @@ from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.modules.experts import named_as_experts
 from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import resolve_model
-from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.planning.fit import check_fits_here
 from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.planning.options import changed_options, options_in_words
@@ -87,12 +88,13 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     config = _with_commit(config, model.path)
     if initial:
         check_settings(initial, config, model)
-    tokenizer = load_tokenizer(model)
+    tokenizer = run_tokenizer(model, config.adapter)
     renderer = run_renderer(config, tokenizer, model)
     config = _with_date(config, renderer)
     run = _assemble(config, directory, model, renderer, device, progress)
     if initial:
         run.warnings += check_base(initial, config, run.base.fingerprint)
+        check_token_ids(run.base.model, initial.config)
         load_adapter_state(run.base.model, initial.tensors)
     with new_directory(directory) as work:
         save_config(run.config, work / RUN_CONFIG_NAME)
@@ -140,7 +142,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     with missing_files_name("model.name"):
         model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     in_force = as_saved(config, state["training"]["memory"], longest_row(model, config))
-    renderer = run_renderer(config, load_tokenizer(model), model)
+    renderer = run_renderer(config, run_tokenizer(model, config.adapter), model)
     run = _assemble(config, directory, model, renderer, device, progress, in_force)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
@@ -153,6 +155,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
             "A resumed run would not be the one that was started. Restore the data, or start a new run with "
             f"{override('adapter.init_from', str(found.path))}"
         )
+    check_token_ids(run.base.model, adapter.config)
     load_adapter_state(run.base.model, state_outside_file(tensors) or adapter.tensors)
     run.state.load_state_dict(tensors, state["training"])
     if run.plan and (lowered := lowered_warning(run.plan, in_force)):

@@ -6,6 +6,8 @@ from typing import Any
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import StoredAdapter, read_adapter
+from qlora_trainer.adapters.tokens.new_tokens import run_tokenizer
+from qlora_trainer.adapters.tokens.put_tokens import check_token_ids
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, DataError, FileMissingError
 from qlora_trainer.common.progress import Progress, silent
@@ -19,7 +21,6 @@ from qlora_trainer.model.forward import examine_forward
 from qlora_trainer.model.load import Base
 from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import resolve_model
-from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.runs.checkpoint import newest_checkpoint
 from qlora_trainer.runs.directory import (
     RUN_CONFIG_NAME,
@@ -104,11 +105,12 @@ def open_trained(directory: Path, progress: Progress = silent, **model_settings:
     given = {f"model.{key}": value for key, value in model_settings.items() if value}
     settings = run.config.replace(given).model
     model = resolve_model(settings.name, settings.revision, user_cache(), progress)
-    tokenizer = load_tokenizer(model)
+    tokenizer = run_tokenizer(model, run.config.adapter)
     base = load_base(model, settings, user_cache(), progress)
     if difference := run.fingerprint.difference(base.fingerprint):
         raise CheckpointError(f"The base {settings.name} is not the one this adapter was trained on: {difference}.")
     add_adapters(base.model, run.config.adapter.as_stored, run.config.training.seed, tokenizer)
+    check_token_ids(base.model, run.adapter.config)
     load_adapter_state(base.model, run.adapter.tensors)
     base.model.eval()
     return Trained(**vars(run), renderer=run_renderer(run.config, tokenizer, model), base=base)

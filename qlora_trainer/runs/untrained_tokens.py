@@ -1,8 +1,8 @@
 """Find control tokens that the rows use and the base never learned, by a few rows of its embedding and LM head.
 
 A reserved token, or one for which the embedding was enlarged, has a row that is zero or like those of its kind. It does
-not change in training, since embedding and head are frozen, and such a model seldom ends a turn. Only the rows of the
-control tokens and of some ordinary ones are read. Left out: tokens whose rows are random, as older tools made them.
+not change in training, unless adapter.trainable_tokens names it, and such a model seldom ends a turn. Only the rows of
+the control tokens and of some ordinary ones are read. Left out: tokens whose rows are random, as older tools made them.
 """
 
 from collections.abc import Collection
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qlora_trainer.adapters.tokens.token_modules import trained_token_ids
 from qlora_trainer.data.preparation.store import ExampleSet
 from qlora_trainer.model.load import Base
 from qlora_trainer.weights.listing import checkpoint_name
@@ -34,8 +35,8 @@ def untrained_token_warnings(base: Base, tokenizer: Any, rows: ExampleSet) -> li
         At most one warning.
     """
     names = {token: added.content for token, added in tokenizer.added_tokens_decoder.items()}
-    used, trained = rows.control_tokens
     model = base.model
+    used, trained = (tokens - {*trained_token_ids(model)} for tokens in map(set, rows.control_tokens))
     found: dict[int, list[str]] = {}
     for module, wanted, what in (
         (model.get_input_embeddings(), used, "embedding"),
@@ -51,8 +52,9 @@ def untrained_token_warnings(base: Base, tokenizer: Any, rows: ExampleSet) -> li
     more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
     return [
         f"The base never learned control tokens that the rows use: {', '.join(listed[:_MOST_NAMED])}{more}. Their rows "
-        "in the base do not train, so the model may never write them, such as the end of a turn. Take the instruct "
-        "variant of the base, or put a chat_template.jinja of tokens that it knows into a copy of its directory."
+        "in the base do not train, so the model may never write them, such as the end of a turn. Train these rows "
+        "(adapter.trainable_tokens), take the instruct variant of the base, or put a chat_template.jinja of tokens "
+        "that it knows into a copy of its directory."
     ]
 
 

@@ -207,7 +207,7 @@ def test_a_tensor_that_is_no_part_of_an_adapter_is_refused_by_name(tmp_path: Pat
         ("rank_pattern", {"q_proj": 0}),
         ("alpha_pattern", {"q_proj": -1.0}),
         ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1]),
+        ("trainable_token_indices", [[1]]),
         ("layer_replication", [[0, 1]]),
         ("lora_bias", True),
         ("init_lora_weights", "pissa"),

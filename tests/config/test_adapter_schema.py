@@ -27,6 +27,8 @@ OTHER_VALUES: dict[str, Any] = {
     "bottleneck_size": 8,
     "activation": "gelu",
     "placement": "mlp",
+    "new_tokens": {"<gene>": "a gene"},
+    "trainable_tokens": ["the"],
     "virtual_tokens": 7,
     "prompt_init_text": "Answer.",
     "prefix_projection": True,
@@ -97,3 +99,23 @@ def test_a_prefix_takes_positions_of_the_model_and_no_tokens_of_rows() -> None:
     assert prefix.positions_of_rows(None) is None
     with pytest.raises(ConfigError, match=r"virtual_tokens is 30, and the model has 30 positions"):
         prefix.positions_of_rows(30)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"new_tokens": ["<a>", " "]}, r"adapter\.new_tokens: names an empty token"),
+        ({"new_tokens": {"<a>": " "}}, r"adapter\.new_tokens: gives '<a>' an empty text"),
+        ({"trainable_tokens": ["the", "a", "the"]}, r"adapter\.trainable_tokens: names 'the' twice"),
+        ({"trainable_tokens": [5]}, r"adapter\.trainable_tokens"),
+    ],
+)
+def test_tokens_are_named_once_and_by_their_text(adapter: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        config_of(**adapter)
+
+
+def test_new_tokens_are_a_list_or_have_texts_to_begin_as() -> None:
+    assert config_of(new_tokens=["<a>", "<b>"]).adapter.new_token_texts == {"<a>": None, "<b>": None}
+    assert config_of(new_tokens={"<a>": "an a"}).adapter.new_token_texts == {"<a>": "an a"}
+    assert not config_of().adapter.trains_tokens

@@ -131,7 +131,7 @@ def run_as_on_a_card(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Ca
         monkeypatch.setattr(runs, "check_fits_here", lambda *arguments: None)  # would plan for the card's memory
         monkeypatch.setattr(runs, "pace_here", lambda *arguments: None)  # would ask for the card's properties
         model = ModelDirectory.open(Path(config.model.name))
-        renderer = run_renderer(config, runs.load_tokenizer(model), model)
+        renderer = run_renderer(config, runs.run_tokenizer(model, config.adapter), model)
         return runs._assemble(config, model.path, model, renderer, runs._run_device(config), silent).warnings
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -103,6 +103,18 @@ def test_tokens_that_no_row_uses_and_trained_ones_are_not_named(
     assert "im_start" not in warning
 
 
+@pytest.mark.slow
+def test_tokens_whose_rows_train_are_not_named(base: Path, tiny_config: Callable[..., RunConfig]) -> None:
+    changed(base, BOTH, zero, "<|im_start|>", "<|im_end|>")
+    model = {"name": str(base)}
+    (warning,) = warnings_of(tiny_config("one", model=model, adapter={"trainable_tokens": ["<|im_end|>"]}))
+    assert "'<|im_start|>' (embedding" in warning
+    assert "im_end" not in warning
+    assert "adapter.trainable_tokens" in warning
+    both = {"trainable_tokens": ["<|im_end|>", "<|im_start|>"]}
+    assert warnings_of(tiny_config("both", model=model, adapter=both)) == []
+
+
 def test_one_untrained_token_is_known_by_those_that_no_row_uses(
     base: Path, tiny_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

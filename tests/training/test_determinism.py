@@ -151,7 +151,7 @@ def test_only_a_run_on_cuda_that_may_differ_says_so(
 
 def _assembled_from(config: RunConfig) -> tuple[Path, ModelDirectory, Renderer, torch.device]:
     model = ModelDirectory.open(Path(config.model.name))
-    renderer = run_renderer(config, runs.load_tokenizer(model), model)
+    renderer = run_renderer(config, runs.run_tokenizer(model, config.adapter), model)
     return Path(config.training.output_dir), model, renderer, runs._run_device(config)
 
 

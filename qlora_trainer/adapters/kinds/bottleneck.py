@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.bottleneck import BottleneckLayer
 from qlora_trainer.adapters.kinds.bottleneck_file import BottleneckFileConfig
-from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer, adapter_dtype
+from qlora_trainer.adapters.kinds.kind import AdapterKind, adapter_dtype
 from qlora_trainer.adapters.sublayers import find_sublayers
+from qlora_trainer.adapters.tokens.token_choice import TextTokenizer
 from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig

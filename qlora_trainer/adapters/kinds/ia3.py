@@ -15,9 +15,10 @@ from qlora_kernels.lora_rows import RowAdapter
 from qlora_kernels.saved_tensors import saves_tensors
 from qlora_trainer.adapters.folds import ScaleFold
 from qlora_trainer.adapters.kinds.ia3_file import Ia3FileConfig
-from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer
+from qlora_trainer.adapters.kinds.kind import AdapterKind
 from qlora_trainer.adapters.layers import linear_facts
 from qlora_trainer.adapters.targets import last_of_mlps, target_names
+from qlora_trainer.adapters.tokens.token_choice import TextTokenizer
 from qlora_trainer.adapters.trainable import AdaptedLinear, adapter_modules, mark_only_lora_as_trainable
 from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import AdapterError

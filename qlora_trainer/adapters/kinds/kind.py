@@ -1,7 +1,7 @@
 """Say what a kind of adapter is: what it adds to a model, what of it trains, how it is stored, whether it merges."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.file_config import FileConfig
 from qlora_trainer.adapters.targets import adapted_paths, target_names
+from qlora_trainer.adapters.tokens.token_choice import TextTokenizer
 from qlora_trainer.config.schema import AdapterConfig
-
-TextTokenizer = Callable[[str], Mapping[str, Any]]
-"""A tokenizer of transformers, as far as a kind asks it: text -> {"input_ids": tokens}."""
 
 
 class AdapterKind(ABC):

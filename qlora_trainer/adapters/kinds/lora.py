@@ -9,12 +9,16 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.fused_parts import trained_rows
-from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer, adapter_dtype
+from qlora_trainer.adapters.kinds.kind import AdapterKind, adapter_dtype
 from qlora_trainer.adapters.kinds.lora_file import LoraFileConfig, stored_ranks
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.adapters.patterns import check_patterns, layer_alpha, layer_rank
 from qlora_trainer.adapters.targets import target_names
+from qlora_trainer.adapters.tokens.put_tokens import put_token_rows
+from qlora_trainer.adapters.tokens.token_choice import TextTokenizer
+from qlora_trainer.adapters.tokens.token_modules import stored_indices
 from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
+from qlora_trainer.common.units import counted
 from qlora_trainer.config.schema import AdapterConfig
 
 
@@ -37,7 +41,7 @@ class LoraKind(AdapterKind):
             model: any, of transformers or not.
             settings: the config's section `adapter`.
             seed: of lora_A.
-            tokenizer: not used.
+            tokenizer: of the model, with new tokens in it; needed where the settings name tokens.
 
         Returns:
             The paths of the adapted layers.
@@ -60,6 +64,7 @@ class LoraKind(AdapterKind):
             for part in (layer.lora_A, layer.lora_B):
                 part.weight = nn.Parameter(part.weight.detach().to(dtype))
             model.set_submodule(path, layer)
+        put_token_rows(model, settings, tokenizer)
         mark_only_lora_as_trainable(model, settings.bias)
         return paths
 
@@ -99,6 +104,7 @@ class LoraKind(AdapterKind):
             alpha_pattern={path: found for path, found in alphas.items() if not math.isclose(found, alpha)},
             lora_dropout=settings.dropout,
             target_modules=target_names(model, paths),
+            trainable_token_indices=stored_indices(model),
             bias=settings.bias,
             fan_in_fan_out=getattr(model.get_submodule(paths[0]).base, "fan_in_fan_out", False),
             **named,
@@ -128,7 +134,9 @@ class LoraKind(AdapterKind):
             A phrase.
         """
         others = sorted(set(settings.rank_pattern.values()) - {settings.rank})
-        return f"rank {settings.rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
+        ranks = f"rank {settings.rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
+        tokens = len(settings.trainable_tokens) + len(settings.new_tokens)
+        return f"{ranks}, and the rows of {counted(tokens, 'token')}" if tokens else ranks
 
 
 LORA_KIND = LoraKind()

@@ -16,9 +16,18 @@ from pydantic import Field
 from torch import Tensor
 
 from qlora_trainer.adapters.file_config import PEFT_PREFIX, Differences, FileConfig, value_in_brief
-from qlora_trainer.adapters.folds import DoraFold, Fold, LoraFold
+from qlora_trainer.adapters.folds import DoraFold, Fold, LoraFold, MergedTokens
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.patterns import layer_alpha, layer_parts, layer_rank, of_pattern
+from qlora_trainer.adapters.tokens.token_file import (
+    TokenIndices,
+    check_token_tensors,
+    in_order_of_ids,
+    indices_problem,
+    is_token_tensor,
+    sorted_ids,
+    token_tensors,
+)
 from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig
@@ -44,7 +53,6 @@ class LoraFileConfig(FileConfig):
     }
     refused: ClassVar[Mapping[str, str]] = {
         "modules_to_save": "modules saved whole are not supported; train it without them, or merge it with PEFT first",
-        "trainable_token_indices": "trained token embeddings are not supported; merge it with PEFT first",
         "target_parameters": "adapters on bare parameters are not supported; merge it with PEFT first",
         "layer_replication": "replicated layers are not supported; merge it with PEFT first",
         "lora_bias": "a bias on lora_B is not supported; merge it with PEFT first",
@@ -64,6 +72,7 @@ class LoraFileConfig(FileConfig):
     use_dora: bool = False
     fan_in_fan_out: bool = False  # the base stores these weights (I, O), as GPT-2's Conv1D does
     init_lora_weights: bool | str | None = True
+    trainable_token_indices: TokenIndices | None = None  # tokens whose rows of embedding and head trained
     modules_to_save: None = None
 
     @property
@@ -78,7 +87,7 @@ class LoraFileConfig(FileConfig):
 
     @classmethod
     def more_problems(cls, known: Mapping[str, Any]) -> list[str]:
-        """Refuse initializations that change the base.
+        """Refuse initializations that change the base, and tokens named in a way that is not ours.
 
         Args:
             known: the file's values of our keys.
@@ -86,12 +95,20 @@ class LoraFileConfig(FileConfig):
         Returns:
             A line each.
         """
+        problem = indices_problem(known.get("trainable_token_indices"))
+        problems = [problem] if problem else []
         if known.get("init_lora_weights") in _PLAIN_INITIALIZATIONS:
-            return []
+            return problems
         return [
+            *problems,
             f"init_lora_weights is {value_in_brief(known['init_lora_weights'])}, which may change the base's weights "
-            "too; convert it to a plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+            "too; convert it to a plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)",
         ]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return the tokens whose rows trained."""
+        return sorted_ids(self.trainable_token_indices)
 
     def rank_of(self, path: str) -> int:
         """Return the rank of a layer.
@@ -148,8 +165,10 @@ class LoraFileConfig(FileConfig):
                 raise AdapterError(f"{origin}: {path} has lora_{parts.pop()} but not the other half of the pair.")
         self._check_patterns(pairs, origin)
         self._check_magnitudes(tensors, pairs, origin)
+        check_token_tensors(tensors, self.trainable_token_indices, origin)
         for name, tensor in tensors.items():
-            if not (_FACTOR.fullmatch(name) or (self.use_dora and _MAGNITUDE.fullmatch(name))):
+            of_layer = _FACTOR.fullmatch(name) or (self.use_dora and _MAGNITUDE.fullmatch(name))
+            if not (of_layer or is_token_tensor(name)):
                 self._check_bias(name, tensor, pairs, origin)
 
     def adapted_paths(self, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -173,6 +192,28 @@ class LoraFileConfig(FileConfig):
             Folds by the path of the layer.
         """
         return {path: self._fold(tensors, path) for path in stored_ranks(tensors)}
+
+    def in_order(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put rows of tokens in the order of their ids.
+
+        Args:
+            tensors: by PEFT's names.
+
+        Returns:
+            The tensors.
+        """
+        return in_order_of_ids(tensors, self.trainable_token_indices)
+
+    def token_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, MergedTokens]:
+        """Find the rows of tokens that were trained.
+
+        Args:
+            tensors: by PEFT's names, in the order of the ids.
+
+        Returns:
+            Rows by the path of the embedding or head.
+        """
+        return {path: MergedTokens(self.token_ids, rows) for path, rows in token_tensors(tensors).items()}
 
     def biases(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Find the biases of the base that were trained.
@@ -224,6 +265,8 @@ class LoraFileConfig(FileConfig):
             JSON.
         """
         content = super().as_json()
+        if content["trainable_token_indices"] is None:
+            del content["trainable_token_indices"]  # some readers refuse keys that they do not know
         content["lora_alpha"] = _as_integer(content["lora_alpha"])
         content["alpha_pattern"] = {name: _as_integer(alpha) for name, alpha in content["alpha_pattern"].items()}
         return content
@@ -263,7 +306,7 @@ class LoraFileConfig(FileConfig):
         if match is None:
             raise AdapterError(
                 f"{origin} also holds {name}, which is no part of such an adapter and would overwrite the base. "
-                "Trained heads, embeddings and modules saved whole are not supported."
+                "Heads, embeddings and modules saved whole are not supported."
             )
         path = match["path"]
         of_adapted = path.endswith(".base_layer") and path.removesuffix(".base_layer") in adapted

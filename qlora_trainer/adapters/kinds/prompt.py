@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer, adapter_dtype
+from qlora_trainer.adapters.kinds.kind import AdapterKind, adapter_dtype
 from qlora_trainer.adapters.kinds.prompt_embedding import PromptEmbedding
 from qlora_trainer.adapters.kinds.prompt_file import PromptFileConfig
+from qlora_trainer.adapters.tokens.token_choice import TextTokenizer
 from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.common.units import counted

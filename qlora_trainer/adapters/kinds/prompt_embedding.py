@@ -7,15 +7,11 @@ rows (data/preparation/store.py) and prompts (training/generation.py).
 Legend: V rows of the embedding, P virtual tokens, H hidden size, B rows, T tokens.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from qlora_trainer.adapters.tokens.token_rows import put_rows_over
 from qlora_trainer.adapters.trainable import AdapterModule
-
-TOKENS_AT_ONCE = 1024  # of the gradient, which are cast to fp32 together
 
 
 class PromptEmbedding(AdapterModule):
@@ -79,30 +75,4 @@ class PromptEmbedding(AdapterModule):
         index = input_ids - self.weight.shape[0]  # below 0 for tokens of the vocabulary
         with torch.no_grad():
             rows = self.base(input_ids.masked_fill(index >= 0, 0))
-        return _WithVirtualTokens.apply(rows, self.prompt_embeddings, index)
-
-
-class _WithVirtualTokens(torch.autograd.Function):
-    """Write the rows of virtual tokens over what the embedding has there; backward needs their places alone."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, prompt: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape, ctx.dtype = prompt.shape, prompt.dtype
-        ctx.mark_dirty(rows)
-        values = prompt.to(rows.dtype)[index.clamp(min=0)]
-        return torch.where((index >= 0).unsqueeze(-1), values, rows, out=rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        # The gradients of each virtual token are added up in fp32, by a product: in an order that repeats.
-        (index,) = ctx.saved_tensors
-        index, grad = index.flatten(), grad.flatten(0, -2)
-        numbers = torch.arange(ctx.shape[0], device=index.device).unsqueeze(1)
-        total = grad.new_zeros(ctx.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
-        for some, of_some in zip(index.split(TOKENS_AT_ONCE), grad.split(TOKENS_AT_ONCE), strict=True):
-            # What is not finite elsewhere would not be multiplied away.
-            of_virtual = of_some.masked_fill((some < 0).unsqueeze(1), 0).to(total.dtype)
-            total.addmm_((some == numbers).to(total.dtype), of_virtual)
-        return None, total.to(ctx.dtype), None
+        return put_rows_over(rows, self.prompt_embeddings, index)

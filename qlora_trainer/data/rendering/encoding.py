@@ -69,6 +69,14 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def get_vocab(self) -> Mapping[str, int]:
+        """Return all tokens.
+
+        Returns:
+            Ids by name.
+        """
+        ...
+
     def get_chat_template(self, chat_template: str | None = None, tools: list[dict] | None = None) -> str:
         """Choose the chat template.
 

@@ -10,18 +10,32 @@ with such a model memory is saved only if the embedding is kept in host memory (
 Legend: H hidden size, V vocabulary.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from qlora_kernels.head_rows import HeadRows, head_logits
+from qlora_kernels.head_rows import HeadRows, TrainedRows, head_logits
 from qlora_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.weights.nf4 import empty_weight, quantize_weight
 
 HeadKind = Literal["auto", "dense", "8bit", "4bit"]  # auto: dense, where no plan has chosen another
+
+
+@runtime_checkable
+class PartlyTrained(Protocol):
+    """Describe an LM head of which some rows train."""
+
+    @property
+    def trained_rows(self) -> TrainedRows:
+        """Return its matrix.
+
+        Returns:
+            The frozen rows, and those that train.
+        """
+        ...
 
 
 class QuantizedHead(nn.Module):
@@ -141,11 +155,13 @@ def head_weight(head: Any) -> Tensor | HeadRows:
     """Return an LM head's weight in the form that the loss takes.
 
     Args:
-        head: a linear layer, or a HeadRows.
+        head: a linear layer, a HeadRows, or a head of which some rows train.
 
     Returns:
-        The matrix (V, H), or the head itself, which makes it by rows.
+        The matrix (V, H), or what makes it by rows.
     """
+    if isinstance(head, PartlyTrained):
+        return head.trained_rows
     return head if isinstance(head, HeadRows) else head.weight
 
 

@@ -32,6 +32,9 @@ FAMILIES = ["llama", "gpt2"]  # rotary positions, and trained ones
 each_kind = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 OF_PEFT = {name: case for name, case in CASES.items() if case.peft_config}
 each_kind_of_peft = pytest.mark.parametrize("case", OF_PEFT.values(), ids=OF_PEFT)
+# Rows of tokens are LoRA next to them: whole runs with them are tried with new ones too, in tests/runs.
+_RUNS = [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name == "tokens")) for name, case in CASES.items()]
+each_kinds_run = pytest.mark.parametrize("case", _RUNS)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -47,7 +50,7 @@ def away_from_its_start(model: Any) -> None:
 @each_kind
 def test_the_gradient_is_the_same_packed_padded_and_alone(case: KindCase, family: str, tiny_models: Models) -> None:
     model = load(tiny_models(family)).model
-    add_adapters(model, case.config)
+    add_adapters(model, case.config, tokenizer=case.tokenizer)
     away_from_its_start(model)
     leading = leading_ids(model)
     rows = [row.after(leading) for row in examples(model.config.vocab_size)]
@@ -63,7 +66,7 @@ def test_the_gradient_is_the_same_packed_padded_and_alone(case: KindCase, family
 @each_kind
 def test_the_gradient_is_the_same_whatever_backward_keeps(case: KindCase, family: str, tiny_models: Models) -> None:
     model = load(tiny_models(family)).model
-    add_adapters(model, case.config)
+    add_adapters(model, case.config, tokenizer=case.tokenizer)
     away_from_its_start(model)
     patch_model(model)
     model.train()
@@ -79,7 +82,7 @@ def test_the_gradient_is_the_same_whatever_backward_keeps(case: KindCase, family
         assert (found[level][1] - gradient).norm() < 1e-6 * gradient.norm()
 
 
-@each_kind
+@each_kinds_run
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(case: KindCase, tiny_config: Config) -> None:
     whole = start_run(tiny_config("whole", adapter=case.settings))
     began = adapter_state_dict(whole.base.model)
@@ -93,7 +96,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(case: KindCase, tiny
     assert not any(torch.equal(tensor, expected[name]) for name, tensor in began.items()), "all of it trains"
 
 
-@each_kind
+@each_kinds_run
 def test_the_base_does_not_change_in_training(case: KindCase, tiny_config: Config) -> None:
     run = start_run(tiny_config(adapter=case.settings))
     model = run.base.model
@@ -105,7 +108,7 @@ def test_the_base_does_not_change_in_training(case: KindCase, tiny_config: Confi
 
 
 @each_family
-@each_kind
+@each_kinds_run
 def test_the_plan_counts_what_a_run_trains(
     case: KindCase, family: str, tiny_config: Config, tiny_models: Models
 ) -> None:
@@ -164,7 +167,7 @@ def test_peft_computes_the_same_by_our_files(case: KindCase, family: str, tmp_pa
 
     model = plain_model(family)
     base = copy.deepcopy(model)
-    paths = add_adapters(model, case.config)
+    paths = add_adapters(model, case.config, tokenizer=case.tokenizer)
     away_from_its_start(model)
     write(model, case, paths, tmp_path)
     expected = our_logits(model)
@@ -183,11 +186,16 @@ def test_we_compute_the_same_by_pefts_files(case: KindCase, family: str, tmp_pat
 
     assert case.peft_config is not None
     theirs = get_peft_model(plain_model(family), case.peft_config(family)).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     theirs.save_pretrained(tmp_path)
     stored = read_adapter(tmp_path)
     assert stored.differences(case.config) == {}
     model = plain_model(family)
-    add_adapters(model, case.config, seed=3)
+    add_adapters(model, case.config, seed=3, tokenizer=case.tokenizer)
     load_adapter_state(model, stored.tensors)
     expected = peft_logits(theirs)
     torch.testing.assert_close(our_logits(model), expected, rtol=0, atol=1e-5 * expected.abs().max().item())

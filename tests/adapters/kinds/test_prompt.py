@@ -12,7 +12,8 @@ from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor, nn
 
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state
-from qlora_trainer.adapters.kinds.prompt_embedding import TOKENS_AT_ONCE, PromptEmbedding
+from qlora_trainer.adapters.kinds.prompt_embedding import PromptEmbedding
+from qlora_trainer.adapters.tokens.token_rows import TOKENS_AT_ONCE
 from qlora_trainer.adapters.trainable import leading_ids
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig, RunConfig
