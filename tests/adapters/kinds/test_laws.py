@@ -63,7 +63,7 @@ def test_the_gradient_is_the_same_packed_padded_and_alone(case: KindCase, family
 
 
 @each_family
-@each_kind
+@each_kinds_run
 def test_the_gradient_is_the_same_whatever_backward_keeps(case: KindCase, family: str, tiny_models: Models) -> None:
     model = load(tiny_models(family)).model
     add_adapters(model, case.config, tokenizer=case.tokenizer)
