@@ -14,13 +14,35 @@ from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.model.load import Base
 from qlora_trainer.runs.directory import BaseRecord, write_base_record
 
+
+class Tokens:
+    """A tokenizer of these tokens alone."""
+
+    def __init__(self, ids: dict[str, int]) -> None:
+        self.ids = ids
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [self.ids[text]]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.ids
+
+
 SIZE = 0.1
 """Of the values that are added to what an adapter starts as: logits then differ by more than a tenth."""
 
 
-def store_adapter(directory: Path, base: Base, seed: int = 0, *, has_record: bool = True, **settings: Any) -> Path:
+def store_adapter(
+    directory: Path,
+    base: Base,
+    seed: int = 0,
+    *,
+    has_record: bool = True,
+    tokenizer: Tokens | None = None,
+    **settings: Any,
+) -> Path:
     """Write an adapter of these settings, with a record of its base as a run writes it; returns the directory."""
-    model = adapted_copy(base, seed, **settings)
+    model = adapted_copy(base, seed, tokenizer, **settings)
     config = AdapterConfig(**settings)
     tensors = adapter_state_dict(model)
     paths = adapter_kind(config).target_paths(base.model, config)
@@ -32,10 +54,10 @@ def store_adapter(directory: Path, base: Base, seed: int = 0, *, has_record: boo
     return directory
 
 
-def adapted_copy(base: Base, seed: int = 0, **settings: Any) -> Any:
+def adapted_copy(base: Base, seed: int = 0, tokenizer: Tokens | None = None, **settings: Any) -> Any:
     """The base's model with an adapter of these settings that is away from its start, as `store_adapter` writes it."""
     model = copy.deepcopy(base.model)
-    add_adapters(model, AdapterConfig(**settings), seed)
+    add_adapters(model, AdapterConfig(**settings), seed, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in trainable_parameters(model):

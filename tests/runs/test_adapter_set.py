@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from stored_adapters import store_adapter
+from stored_adapters import Tokens, adapted_copy, store_adapter
 from tiny_models import load, make_model_directory
 from torch import Tensor
 
@@ -28,6 +28,10 @@ def base(tiny_llama: Path) -> Base:
     return load(tiny_llama)
 
 
+def tokens_of(base: Base) -> Tokens:
+    return Tokens({"known": 5, "new": base.model.config.vocab_size})
+
+
 @pytest.fixture(scope="module")
 def stored(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Adapters on disk by name; each of the llama's."""
@@ -37,6 +41,8 @@ def stored(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         "b": {"rank": 2, "target_modules": ["q_proj"]},
         "c": {"kind": "ia3"},
         "d": {"kind": "bottleneck", "bottleneck_size": 8},
+        "e": {"kind": "prefix", "virtual_tokens": 3},
+        "f": {"rank": 2, "trainable_tokens": ["known"], "new_tokens": ["new"], "tokenizer": tokens_of(base)},
     }
     return {
         name: store_adapter(folder / name, base, place, **each) for place, (name, each) in enumerate(settings.items())
@@ -68,23 +74,38 @@ def logits(adapters: AdapterSet) -> Tensor:
 def test_adapters_take_turns_and_the_base_comes_back_with_its_bits(make: Callable[..., AdapterSet]) -> None:
     adapters = make()
     before = logits(adapters)
-    adapters = make("abcd")
+    adapters = make("abcdef")
     assert torch.equal(logits(adapters), before), "loading puts nothing on"
     seen: dict[str, Tensor] = {}
-    for name in "abcdcba":
+    for name in "abcdefcba":
         adapters.set_adapter(name)
         assert adapters.active == name
         now = logits(adapters)
         assert torch.equal(seen.setdefault(name, now), now)
-        assert (now - before).abs().max() > 0.01 * before.abs().max()
-    assert len({tuple(values.flatten()[:8].tolist()) for values in seen.values()}) == 4
+        known = now[..., : before.shape[-1]]  # a new token has a logit more
+        assert (known - before).abs().max() > 0.01 * before.abs().max()
+    assert len({tuple(values.flatten()[:8].tolist()) for values in seen.values()}) == 6
     with adapters.adapters_off():
         assert adapters.active is None
         assert torch.equal(logits(adapters), before)
     assert torch.equal(logits(adapters), seen["a"])
     adapters.drop_adapter("a")
-    assert (adapters.names, adapters.active) == (["b", "c", "d"], None)
+    assert (adapters.names, adapters.active) == ([*"bcdef"], None)
     assert torch.equal(logits(adapters), before)
+
+
+def test_rows_of_new_and_known_tokens_are_those_of_the_file(
+    make: Callable[..., AdapterSet], base: Base, stored: dict[str, Path]
+) -> None:
+    """Also where the batch has the new token; stored as "f", the sixth."""
+    expected = adapted_copy(base, 5, tokens_of(base), rank=2, trainable_tokens=["known"], new_tokens=["new"])
+    adapters, new = make("f"), base.model.config.vocab_size
+    adapters.set_adapter("f")
+    ids = torch.tensor([[5, 7, new, 5, 9]])
+    with torch.no_grad():
+        assert torch.equal(adapters.model(input_ids=ids).logits, expected(input_ids=ids).logits)
+    with pytest.raises(AdapterError, match="or rows of tokens, which all rows share"), adapters.rows(["f", None]):
+        pytest.fail("rows shared the head")
 
 
 def test_loading_leaves_on_what_is_on(make: Callable[..., AdapterSet], stored: dict[str, Path]) -> None:

@@ -264,7 +264,7 @@ def test_an_adapter_that_trained_biases_cannot_share_a_batch(tiny_models: Models
     adapters = AdapterSet(base)
     adapters.load_adapter(store_adapter(tmp_path / "a", base, rank=2), "a")
     adapters.load_adapter(store_adapter(tmp_path / "b", base, rank=2, bias="lora_only"), "b")
-    with pytest.raises(AdapterError, match=r"cannot take the adapter 'b' .* it trained biases of the base"):
+    with pytest.raises(AdapterError, match=r"cannot take the adapter 'b' .* it trained biases of the base, or"):
         adapters.rows(["a", "b"]).__enter__()
 
 

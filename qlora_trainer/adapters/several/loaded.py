@@ -4,6 +4,7 @@ The settings that make such an adapter are found by the comparison that also tel
 Nothing of it trains, and dropout is off: it is there to compute answers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,8 @@ def loaded_adapter(model: nn.Module, stored: StoredAdapter, origin: str) -> Load
             "base that it was trained on."
         )
     settings = stored_settings(stored, model, origin)
+    tokens = _StoredTokens(stored.config.token_ids)
+    settings = settings.model_copy(update=tokens.as_settings(model))
 
     def put_on() -> None:
         for path in stored.config.biases(stored.tensors):  # which are written to: the base's own must stay
@@ -63,7 +66,7 @@ def loaded_adapter(model: nn.Module, stored: StoredAdapter, origin: str) -> Load
             bias = getattr(module, "bias", None)
             if module is not None and bias is not None:
                 module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        add_adapters(model, settings)
+        add_adapters(model, settings, tokenizer=tokens)
         load_adapter_state(model, stored.tensors)
 
     changes = changes_made(model, put_on)
@@ -74,6 +77,31 @@ def loaded_adapter(model: nn.Module, stored: StoredAdapter, origin: str) -> Load
         elif isinstance(change.after, nn.Parameter):
             change.after.requires_grad_(False)
     return LoadedAdapter(stored.config, changes)
+
+
+class _StoredTokens:
+    """Take the place of a tokenizer, for rows of tokens that a file has by their ids.
+
+    Args:
+        ids: of the tokens.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = {str(token): token for token in ids}
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        raise AssertionError("each token is found by its name")
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.ids
+
+    def as_settings(self, model: Any) -> dict[str, list[str]]:
+        """Name the tokens: those behind the base's last row are new."""
+        if not self.ids:
+            return {}
+        rows = model.get_input_embeddings().weight.shape[0]
+        new = [name for name, token in self.ids.items() if token >= rows]
+        return {"new_tokens": new, "trainable_tokens": [name for name in self.ids if name not in new]}
 
 
 def stored_settings(stored: StoredAdapter, model: nn.Module, origin: str) -> AdapterConfig:

@@ -210,6 +210,6 @@ def check_mixable(name: str, adapter: LoadedAdapter) -> None:
         )
     if not all(isinstance(layer, AdaptedLinear) and layer.base is base for _, _, base, layer in adapter.changes):
         raise AdapterError(
-            f"Rows of one batch cannot take the adapter {name!r} next to others: it trained biases of the base, which "
-            f"all rows share. {rest}"
+            f"Rows of one batch cannot take the adapter {name!r} next to others: it trained biases of the "
+            f"base, or rows of tokens, which all rows share. {rest}"
         )
