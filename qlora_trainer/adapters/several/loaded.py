@@ -96,7 +96,14 @@ class _StoredTokens:
         return self.ids
 
     def as_settings(self, model: Any) -> dict[str, list[str]]:
-        """Name the tokens: those behind the base's last row are new."""
+        """Name the tokens: those behind the base's last row are new.
+
+        Args:
+            model: the base.
+
+        Returns:
+            Settings of the section `adapter`.
+        """
         if not self.ids:
             return {}
         rows = model.get_input_embeddings().weight.shape[0]
