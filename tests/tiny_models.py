@@ -97,7 +97,9 @@ def make_model_directory(
     tokenizer = tiny_tokenizer("smollm2")
     config_class, changes = (FAMILIES | MORE_FAMILIES)[family]
     vocab_size = -(-len(tokenizer) // 64) * 64
-    shared = {k: v for k, v in SHAPE.items() if config_class is not GPT2Config or k != "num_key_value_heads"}
+    # A config keeps keys that its class does not know, and these models have no such heads.
+    is_grouped = config_class not in (GPT2Config, GPTNeoXConfig, FalconConfig)
+    shared = {key: value for key, value in SHAPE.items() if is_grouped or key != "num_key_value_heads"}
     config = config_class(**{**shared, "vocab_size": vocab_size, **changes, **shape})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
