@@ -15,7 +15,7 @@ from qlora_trainer.config.data_schema import Section
 _OF_LINEAR = ("target_modules", "layers_to_transform")  # of kinds that adapt linear layers
 _OF_LORA = (*_OF_LINEAR, "bias", "rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
 SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
-    "lora": (*_OF_LORA, "fused_parts"),
+    "lora": (*_OF_LORA, "fused_parts", "init"),
     "dora": _OF_LORA,
     "ia3": (*_OF_LINEAR, "feedforward_modules"),
     "bottleneck": ("bottleneck_size", "activation", "placement"),
@@ -106,6 +106,11 @@ class AdapterConfig(Section):
         description="Text whose tokens the virtual tokens begin as, repeated or cut to their number. null: tokens of "
         "the vocabulary, drawn by the seed.",
     )
+    init: Literal["kaiming", "gaussian"] = Field(
+        "kaiming",
+        description="How the adapter starts. kaiming: A drawn uniformly, as in PEFT. gaussian: A drawn from a normal "
+        "distribution of deviation 1 / rank. B is zero in both.",
+    )
     init_from: str | None = Field(
         None, description="Directory of a PEFT adapter to start from, with a fresh optimizer."
     )
@@ -157,6 +162,10 @@ class AdapterConfig(Section):
             have, them = ("has", "it") if len(found) == 1 else ("have", "them")
             names = " and ".join(f"adapter.{name}" for name in found)
             raise ValueError(f"{names} {have} no effect with adapter.kind={self.kind}; leave {them} out")
+        if self.init_from is not None and self.init != "kaiming":
+            raise ValueError(
+                f"adapter.init={self.init} has no effect with adapter.init_from, which has its values; leave it out"
+            )
         if self.is_always_fp32 and self.dtype == "bfloat16":
             raise ValueError(
                 "adapter.dtype=bfloat16 would lose the updates of vectors near 1; set adapter.dtype=float32"

@@ -168,6 +168,7 @@ def _configs(
         "adapter.fused_parts": {},
         "adapter.target_modules": targets,
         "adapter.layers_to_transform": None,
+        "adapter.init": "kaiming",
         "adapter.init_from": None,
         "adapter.dtype": "float32",
         "training.output_dir": str(output.absolute()),
