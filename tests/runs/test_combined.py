@@ -36,9 +36,7 @@ def runs(tiny_config: Config) -> list[Path]:
 
     def trained(name: str, **adapter: Any) -> Path:
         training = {"max_steps": 2}
-        run = start_run(
-            tiny_config(name, adapter=adapter, training=training, optimizer={"learning_rate": 0.02})
-        )
+        run = start_run(tiny_config(name, adapter=adapter, training=training, optimizer={"learning_rate": 0.02}))
         assert run.train(quiet)
         return run.directory
 
@@ -61,9 +59,7 @@ def combine(runs: list[Path], output: Path, *settings: Any) -> Path:
     return output
 
 
-def test_the_command_makes_a_run_whose_adapter_is_the_sum(
-    qlora: Qlora, runs: list[Path], tmp_path: Path
-) -> None:
+def test_the_command_makes_a_run_whose_adapter_is_the_sum(qlora: Qlora, runs: list[Path], tmp_path: Path) -> None:
     named = [f"{runs[0]}:{WEIGHTS[0]}", f"{runs[1]}:{WEIGHTS[1]}"]
     code, out, reported = qlora("combine", *named, "--output", tmp_path / "both", "--json")
     assert code == 0, reported
@@ -118,6 +114,7 @@ def test_a_run_may_start_from_the_sum(runs: list[Path], tiny_config: Config, tmp
     assert run.warnings == [] or not any("adapter" in warning for warning in run.warnings)
 
 
+@pytest.mark.slow
 def test_adapters_of_other_bases_and_of_no_run_are_refused_in_one_message(
     qlora: Qlora, runs: list[Path], tmp_path: Path
 ) -> None:
@@ -137,6 +134,7 @@ def test_adapters_of_other_bases_and_of_no_run_are_refused_in_one_message(
     assert not (tmp_path / "both").exists()
 
 
+@pytest.mark.slow
 def test_another_programs_adapter_takes_part_with_a_warning_where_it_names_another_base(
     runs: list[Path], tmp_path: Path
 ) -> None:
@@ -154,15 +152,16 @@ def test_another_programs_adapter_takes_part_with_a_warning_where_it_names_anoth
         (["a:1", "--method", "svd"], "--method svd needs --rank, such as --rank 8."),
         (["a:1", "--method", "ties", "--density", "1.5"], "--density is 1.5, and must be over 0 and at most 1"),
         (["a:1", "--rank", "4"], "--rank has no effect with --method cat; leave it out."),
-        (["runs/a"], "runs/a has no weight. Write the directory, a colon and a number that is not 0, such as runs/a:0.5"),
+        (
+            ["runs/a"],
+            "runs/a has no weight. Write the directory, a colon and a number that is not 0, such as runs/a:0.5",
+        ),
         (["runs/a:0"], "runs/a:0 has no weight."),
         (["a:1", "--method", "sum"], "'sum' is not one of 'cat', 'svd'"),
     ],
     ids=str,
 )
-def test_a_mistake_in_the_command_is_one_message(
-    qlora: Qlora, tmp_path: Path, words: list[str], message: str
-) -> None:
+def test_a_mistake_in_the_command_is_one_message(qlora: Qlora, tmp_path: Path, words: list[str], message: str) -> None:
     code, out, reported = qlora("combine", *words, "--output", tmp_path / "both")
     assert (code, out) == (2, "")
     assert message in reported

@@ -140,8 +140,8 @@ def combine_adapters(
         difference += product_norm(torch.cat([lora_A, sum_A]), torch.cat([lora_B, -sum_B], dim=1)) ** 2
     if (rank := max(ranks.values())) > MAX_COMBINED_RANK:
         raise AdapterError(
-            f"The combined adapter would have the rank {rank}, and at most {MAX_COMBINED_RANK} can be used. Cut it with "
-            f"--method svd --rank {MAX_COMBINED_RANK} or less."
+            f"The combined adapter would have the rank {rank}, and at most {MAX_COMBINED_RANK} can be used. Cut it "
+            f"with --method svd --rank {MAX_COMBINED_RANK} or less."
         )
     return CombinedAdapter(tensors, ranks, math.sqrt(difference / total) if total else 0.0)
 
@@ -216,9 +216,7 @@ def keep_some(values: Tensor, density: float, generator: torch.Generator) -> Ten
     return values * kept / density
 
 
-def _combined(
-    shares: Sequence[_Share], settings: CombineSettings, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _combined(shares: Sequence[_Share], settings: CombineSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Combine a layer's adapters into one A and B."""
     if settings.method == "cat":
         return _side_by_side(shares)

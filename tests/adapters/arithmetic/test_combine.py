@@ -102,7 +102,7 @@ class Layers(nn.Module):
             setattr(self, path, nn.Linear(inputs, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
+        return self.get_submodule("second")(self.get_submodule("first")(x))
 
 
 def by_peft(parts: list[StoredAdapter], weights: list[float], directory: Path, **options: Any) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ def by_peft(parts: list[StoredAdapter], weights: list[float], directory: Path, *
         model.load_adapter(directory / name, adapter_name=name)
     model.add_weighted_adapter(names, weights, "sum", **options)
     layers = {path: model.base_model.model.get_submodule(path) for path in SIZES}
-    return {path: layer.get_delta_weight("sum").double() for path, layer in layers.items()}  # type: ignore[operator]
+    return {path: layer.get_delta_weight("sum").double() for path, layer in layers.items()}
 
 
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [1.5, -0.5]], ids=str)
@@ -220,8 +220,8 @@ def test_adapters_that_have_no_sum_are_refused_with_the_reason() -> None:
 def test_layers_of_another_model_and_too_large_a_rank_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SIZES, "first", (24, 20))
     other = stored(2, {"first": 4})
-    assert "first has 24 inputs and 16 outputs in adapter 0, and 24 and 20 in adapter 1" in refused([EVEN[0], other], "cat")
+    assert "first has 24 inputs and 16 outputs in adapter 0, and 24 and 20 in adapter 1" in refused(
+        [EVEN[0], other], "cat"
+    )
     many = [stored(seed, {"second": 16}) for seed in range(65)]
     assert "would have the rank 1040, and at most 1024" in refused(many, "cat")
-
-

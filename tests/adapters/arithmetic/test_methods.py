@@ -30,5 +30,5 @@ def test_a_density_is_a_share(density: float) -> None:
 def test_a_rank_is_one_at_least_and_a_method_is_known() -> None:
     with pytest.raises(ConfigError, match="--rank is 0"):
         CombineSettings("svd", rank=0).check()
-    with pytest.raises(ConfigError, match="There is no method sum. There are: cat, svd"):
+    with pytest.raises(ConfigError, match=r"There is no method sum\. There are: cat, svd"):
         CombineSettings("sum").check()  # type: ignore[arg-type]
