@@ -106,10 +106,11 @@ class AdapterConfig(Section):
         description="Text whose tokens the virtual tokens begin as, repeated or cut to their number. null: tokens of "
         "the vocabulary, drawn by the seed.",
     )
-    init: Literal["kaiming", "gaussian"] = Field(
+    init: Literal["kaiming", "gaussian", "olora", "pissa", "loftq"] = Field(
         "kaiming",
-        description="How the adapter starts. kaiming: A drawn uniformly, as in PEFT. gaussian: A drawn from a normal "
-        "distribution of deviation 1 / rank. B is zero in both.",
+        description="How the adapter starts. kaiming: A drawn uniformly, as in PEFT; gaussian: from a normal "
+        "distribution of deviation 1 / rank; B is zero. olora, pissa, loftq: a part of each weight, on a base that "
+        "--init of the command quantize made for it.",
     )
     init_from: str | None = Field(
         None, description="Directory of a PEFT adapter to start from, with a fresh optimizer."
@@ -166,6 +167,8 @@ class AdapterConfig(Section):
             raise ValueError(
                 f"adapter.init={self.init} has no effect with adapter.init_from, which has its values; leave it out"
             )
+        if self.fused_parts and self.init not in ("kaiming", "gaussian"):
+            raise ValueError(f"adapter.init={self.init} splits whole weights; leave adapter.fused_parts out")
         if self.is_always_fp32 and self.dtype == "bfloat16":
             raise ValueError(
                 "adapter.dtype=bfloat16 would lose the updates of vectors near 1; set adapter.dtype=float32"
