@@ -31,6 +31,13 @@ def combine(
     rank: Annotated[int | None, typer.Option(help="Rank of the result, of svd and …_svd.")] = None,
     density: Annotated[float | None, typer.Option(help="Share of the values that ties and dare_… keep.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of what dare_… drops; 0 by default.")] = None,
+    original_base: Annotated[
+        bool,
+        typer.Option(
+            "--original-base",
+            help="Of runs whose start was taken out of their base (adapter.init): make one for the original base.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make one LoRA adapter of several of the same base, by a weighted sum.
@@ -47,7 +54,7 @@ def combine(
     from qlora_trainer.runs.combined import combine_runs
 
     with ProgressBars("No adapter is written.") as progress:
-        report = combine_runs(sources, output, settings, progress)
+        report = combine_runs(sources, output, settings, original_base=original_base, progress=progress)
     if as_json:
         write_out(json.dumps({"output": str(output), **report.to_json()}) + "\n")
         return

@@ -1,8 +1,8 @@
 """Combine the adapters of several runs into a run directory of its own, which evaluate, generate and merge take.
 
 Its config is that of the first run that is named, with the settings of the combined adapter: its eval rows, template
-and base are that run's. Each adapter of ours has the fingerprint of its base, and these are compared as a merge compares
-them. An adapter made by another program only names a base, and a difference there is a warning.
+and base are that run's. Each adapter of ours has the fingerprint of its base, and these are compared, as a merge does.
+An adapter made by another program only names a base, and a difference there is a warning.
 
 Left out: the arithmetic (adapters/arithmetic/combine.py).
 """
@@ -24,6 +24,7 @@ from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.load import save_config
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.runs.base_start import START_NAME, BaseOfRun, taken_out_of
 from qlora_trainer.runs.directory import (
     BASE_NAME,
     RUN_CONFIG_NAME,
@@ -33,6 +34,8 @@ from qlora_trainer.runs.directory import (
 )
 from qlora_trainer.runs.trained import TrainedAdapter, newest_adapter, read_trained
 from qlora_trainer.weights.side_files import copy_files, files_to_copy
+
+_EXACT = ("cat", "svd")  # of the weighted sum
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def combine_runs(
     adapters: Sequence[tuple[Path, float]],
     output: Path,
     settings: CombineSettings,
+    *,
+    original_base: bool = False,
     progress: Progress = silent,
 ) -> CombineReport:
     """Write a weighted combination of LoRA adapters of one base, as a run directory.
@@ -80,6 +85,8 @@ def combine_runs(
         adapters: (directory, weight) of each: a run directory, or that of a PEFT adapter; one of them is a run's.
         output: a new or empty directory.
         settings: the method, and what it needs.
+        original_base: make it an adapter of the base as it was before an adapter's start was taken out of it
+            (adapter.init): what the start was is subtracted.
         progress: is called for each layer.
 
     Returns:
@@ -100,12 +107,23 @@ def combine_runs(
         )
     warnings = _check_bases(run, sources)
     parts = [WeightedAdapter(str(source.path), source.adapter, source.weight) for source in sources]
+    base = BaseOfRun(run.config.model.name, run.config.model.revision, run.fingerprint)
+    if taken_out := _start_of(run, original_base):
+        start, base = taken_out
+        if settings.method not in _EXACT:
+            raise AdapterError(
+                f"With --original-base what the start was is subtracted, which --method {settings.method} cannot. Take "
+                "cat, or svd with --rank."
+            )
+        parts.append(WeightedAdapter("their start", start, -sum(source.weight for source in sources)))
     combined = combine_adapters(parts, settings, progress)
-    config, file_config = _configs(run, combined, output)
+    config, file_config = _configs(run, combined, base, output)
     with new_directory(output) as work:
         (work / "adapter").mkdir()
         write_adapter(work / "adapter", combined.tensors, file_config)
-        record = BaseRecord(run.fingerprint, max(s.record.step for s in sources if s.record), output.name, run.data_key)
+        record = BaseRecord(
+            base.fingerprint, max(s.record.step for s in sources if s.record), output.name, run.data_key
+        )
         write_base_record(work / "adapter", record)
         final = run.directory / "adapter"
         if final.is_dir():  # the files on turns, which a checkpoint has not
@@ -143,22 +161,41 @@ def _check_bases(run: TrainedAdapter, sources: Sequence[_Source]) -> list[str]:
         named = config.base_model_name_or_path
         if not source.record and named and Path(named).name.lower() != Path(name).name.lower():
             warnings.append(
-                f"{source.path} was made for {named}, and the base of {run.directory} is {name}. If these are different "
-                "weights, the sum is of no use."
+                f"{source.path} was made for {named}, and the base of {run.directory} is {name}. If these are "
+                "different weights, the sum is of no use."
             )
     return warnings
 
 
+def _start_of(run: TrainedAdapter, original_base: bool) -> tuple[StoredAdapter, BaseOfRun] | None:
+    """Read what was taken out of a run's base, where it is to be put on the original one, and refuse what is no sum."""
+    name = run.config.model.name
+    taken_out = taken_out_of(Path(name)) if Path(name).is_dir() else None
+    if original_base and taken_out is None:
+        raise AdapterError(f"The base of {run.directory}, {name}, is an original one; leave --original-base out.")
+    if not original_base and taken_out is not None:
+        raise AdapterError(
+            f"The base of {run.directory}, {name}, is whole only with its start, which each of its adapters holds, so "
+            "they have no weighted sum on it. Combine them on the original base, with --original-base."
+        )
+    record = read_base_record(Path(name) / START_NAME) if taken_out else None
+    if record and (difference := run.fingerprint.difference(record.fingerprint)):
+        raise AdapterError(f"{run.directory} was trained on another base than {name} is now: {difference}. Restore it.")
+    return taken_out
+
+
 def _configs(
-    run: TrainedAdapter, combined: CombinedAdapter, output: Path
+    run: TrainedAdapter, combined: CombinedAdapter, base: BaseOfRun, output: Path
 ) -> tuple[RunConfig, FileConfig]:
     """Describe the combined adapter as a run's config and as a file do."""
     named = getattr(run.adapter.config, "target_modules", None)
     has_the_runs_layers = combined.ranks.keys() == set(run.adapter.paths) and isinstance(named, list)
     targets = named if has_the_runs_layers and named else sorted(combined.ranks)
-    model = run.config.model
-    file_config = combined.file_config(targets, model.name, model.revision, run.adapter.config.is_stored_transposed)
+    transposed = run.adapter.config.is_stored_transposed
+    file_config = combined.file_config(targets, base.name, base.revision, transposed)
     values: dict[str, Any] = {
+        "model.name": base.name,
+        "model.revision": base.revision,
         "adapter.rank": file_config.r,
         "adapter.alpha": file_config.lora_alpha,
         "adapter.rank_pattern": file_config.rank_pattern,
