@@ -29,6 +29,7 @@ OTHER_VALUES: dict[str, Any] = {
     "placement": "mlp",
     "virtual_tokens": 7,
     "prompt_init_text": "Answer.",
+    "init": "gaussian",
 }
 FOREIGN = [(kind, name) for kind in SETTINGS_OF_KIND for name in sorted(settings_of_others(kind))]
 
