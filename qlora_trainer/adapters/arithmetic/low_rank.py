@@ -10,7 +10,7 @@ Legend: O out features, I in features, R rank, S rank of a sum.
 import torch
 from torch import Tensor
 
-EXACT_SIDE = 1024  # the shorter side of the largest matrix that is decomposed exactly
+EXACT_SIDE = 512  # the shorter side of the largest matrix that is decomposed exactly
 OVERSAMPLED = 16  # more vectors than the rank
 ITERATIONS = 4  # products with the matrix and its transpose
 

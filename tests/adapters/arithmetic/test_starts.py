@@ -7,9 +7,11 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
+from benchmarks.private_memory import PrivatePeak
 from qlora_kernels.nf4 import dequantize_nf4
 from qlora_trainer.adapters.arithmetic import low_rank
 from qlora_trainer.adapters.arithmetic.starts import LOFTQ_STEPS, STARTS, SplitWeight
+from qlora_trainer.common.process_memory import private_bytes
 from qlora_trainer.weights.nf4 import quantize_weight
 
 RANK, SCALING = 6, 2.0
@@ -105,3 +107,14 @@ def test_random_projections_find_nearly_the_same(init: str, monkeypatch: pytest.
     assert split(init, values).squared_error == pytest.approx(exact, rel=0.02)
     again = split(init, values)
     assert torch.equal(again.lora_A, split(init, values).lora_A)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(private_bytes() is None, reason="the system does not say what a process holds")
+@pytest.mark.parametrize("init", STARTS)
+def test_splitting_takes_no_more_than_four_copies_of_the_weight(init: str) -> None:
+    """Which is what is looked for on the device before anything is read."""
+    values = torch.randn(3072, 3072, generator=torch.Generator().manual_seed(0))
+    with PrivatePeak() as memory:
+        split(init, values, rank=16)
+    assert memory.peak - memory.before < 4 * values.nbytes
