@@ -172,7 +172,7 @@ def operations_of(
             "adapter": {"rank": 8, "dropout": 0.1},
             "optimizer": {"name": optimizer},
             "data": {"train": "rows.jsonl", "max_length": 128},
-            "training": {"global_batch_size": 2, "activation_checkpointing": level},
+            "training": {"global_batch_size": 2, "activation_checkpointing": level, "neftune_noise_alpha": 5.0},
         }
     )
     model = build_skeleton(ModelDirectory.open(MODEL))

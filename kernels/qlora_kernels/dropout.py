@@ -1,4 +1,4 @@
-"""Make dropout's mask from a seed, so that backward makes it again instead of keeping it."""
+"""Make dropout's mask from a seed, so that backward makes it again instead of keeping it; and noise from one."""
 
 import torch
 from torch import Tensor
@@ -38,6 +38,27 @@ def keep_mask(
     return torch.ops.qlora_kernels.keep_mask(like.detach(), in_features, dropout, seed)
 
 
+def uniform_noise(
+    like: Tensor,  # any shape
+    seed: Tensor,  # () int64 on the CPU
+) -> Tensor:  # shape, dtype and device of `like`
+    """Draw numbers from [-1, 1), each as likely.
+
+    Args:
+        like: gives shape, dtype and device.
+        seed: as `draw_seed` gives it.
+
+    Returns:
+        The numbers.
+    """
+    return torch.ops.qlora_kernels.uniform_noise(like.detach(), seed)
+
+
+def _uniform_noise(like: Tensor, seed: Tensor) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(int(seed))
+    return torch.empty_like(like, memory_format=torch.contiguous_format).uniform_(-1.0, 1.0, generator=generator)
+
+
 def _keep_mask(like: Tensor, in_features: int, dropout: float, seed: Tensor) -> Tensor:
     """Take four elements from each 64-bit draw: on a CPU several times faster than a draw each, as in bernoulli_."""
     elements = like.shape[0] * in_features
@@ -52,5 +73,10 @@ def _keep_mask_fake(like: Tensor, in_features: int, dropout: float, seed: Tensor
     return like.new_empty((like.shape[0], in_features))
 
 
-# An op, so that on fake tensors, whose seed cannot be read, nothing is drawn.
+# Ops, so that on fake tensors, whose seed cannot be read, nothing is drawn.
 define("keep_mask(Tensor like, SymInt in_features, float dropout, Tensor seed) -> Tensor", _keep_mask, _keep_mask_fake)
+define(
+    "uniform_noise(Tensor like, Tensor seed) -> Tensor",
+    _uniform_noise,
+    lambda like, seed: torch.empty_like(like, memory_format=torch.contiguous_format),
+)

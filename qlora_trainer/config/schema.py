@@ -21,6 +21,12 @@ PLAIN_OPTIONS = {
 }
 """Values that `auto` gives memory-efficient options where memory does not need others (planning/options.py)."""
 
+SETTINGS_OF_SCHEDULE: Mapping[str, tuple[str, ...]] = {
+    "polynomial": ("polynomial_power",),
+    "warmup_stable_decay": ("decay_ratio", "decay_shape"),
+}
+"""The settings of the section optimizer that only one schedule has."""
+
 
 class ModelConfig(Section):
     """Configure the frozen base."""
@@ -74,13 +80,48 @@ class OptimizerConfig(Section):
         description="The learning rate of lora_B is this times that of lora_A (LoRA+, Hayou et al. 2024, which advises "
         "16 and a lower learning_rate); 1: the same.",
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
+    schedule: Literal["cosine", "linear", "polynomial", "warmup_stable_decay", "constant"] = Field(
+        "cosine",
+        description="Shape after the warm-up. warmup_stable_decay: the peak until the last decay_ratio of all steps.",
+    )
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0, description="Share of all steps with a rising learning rate.")
+    minimum_ratio: float = Field(
+        0.0, ge=0.0, lt=1.0, description="The learning rate falls to this share of the peak; not of constant."
+    )
+    polynomial_power: float = Field(
+        2.0, gt=0.0, description="Of polynomial: the power of the share of steps that are left; 1 would be linear."
+    )
+    decay_ratio: float = Field(
+        0.1, gt=0.0, le=1.0, description="Of warmup_stable_decay: share of all steps with a falling learning rate."
+    )
+    decay_shape: Literal["1-sqrt", "linear", "cosine"] = Field(
+        "1-sqrt",
+        description="Of warmup_stable_decay: how it falls. 1-sqrt: by the square root of the share of the decay that "
+        "is done (Hägele et al. 2024).",
+    )
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay, on the adapter's matrices only.")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Decay of Adam's first moment.")
     beta2: float = Field(0.999, ge=0.0, lt=1.0, description="Decay of Adam's second moment.")
     epsilon: float = Field(1e-8, gt=0.0, description="Adam's epsilon.")
     max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are scaled down to this global norm.")
+
+    @model_validator(mode="after")
+    def _settings_of_a_schedule_have_effect(self) -> "OptimizerConfig":
+        for schedule, names in SETTINGS_OF_SCHEDULE.items():
+            for name in names if schedule != self.schedule else ():
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"optimizer.{name} has no effect with optimizer.schedule={self.schedule}; leave it out, or set "
+                        f"optimizer.schedule={schedule}"
+                    )
+        if self.schedule == "constant" and self.minimum_ratio:
+            raise ValueError("optimizer.minimum_ratio has no effect with optimizer.schedule=constant; leave it out")
+        if self.schedule == "warmup_stable_decay" and self.warmup_ratio + self.decay_ratio > 1.0:
+            raise ValueError(
+                f"optimizer.warmup_ratio is {self.warmup_ratio} and optimizer.decay_ratio {self.decay_ratio}: together "
+                "they are more than all steps. Lower one of them"
+            )
+        return self
 
 
 class TrainingConfig(Section):
@@ -117,6 +158,12 @@ class TrainingConfig(Section):
         "are computed from it again.",
     )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of initial adapters, dropout, and the order of rows.")
+    neftune_noise_alpha: float = Field(
+        0.0,
+        ge=0.0,
+        description="Size of the noise on input embeddings in training (NEFTune, Jain et al. 2023, who take 5 to 15); "
+        "0: none.",
+    )
     deterministic: bool = Field(False, description="On CUDA too, repeat runs bit for bit; this takes time and memory.")
     cpu_workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",

@@ -18,6 +18,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture
 from qlora_trainer.model.forward import ForwardPlan, examine_forward
+from qlora_trainer.model.modules.embedding_noise import EmbeddingNoise
 from qlora_trainer.training.determinism import repeats_side_by_side
 from qlora_trainer.training.flat import FlatGroup, PreparedAdapters, group_trainable
 from qlora_trainer.training.loss_scale import GradScale
@@ -44,6 +45,7 @@ class TrainState:
     grad_scale: GradScale
     loader: StepLoader
     forward: ForwardPlan
+    noise: EmbeddingNoise
     config: RunConfig
     total_steps: int
     policy: Policy  # in force on the model; with loader.micro_batch_tokens, what a micro-batch's memory depends on
@@ -183,6 +185,7 @@ def build_state(
         grad_scale=GradScale(enabled=compute_dtype == torch.float16),
         loader=loader,
         forward=forward,
+        noise=EmbeddingNoise(model, config.training.neftune_noise_alpha),
         config=config,
         total_steps=total_steps(config, loader),
         policy=policy,

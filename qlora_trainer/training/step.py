@@ -110,6 +110,7 @@ def add_gradient(state: TrainState, pack: Pack, label_tokens: int) -> Tensor:
 def _run(state: TrainState, pack: Pack, label_tokens: int) -> Tensor:
     """Run forward and backward of a micro-batch, or of a part of one, and return its part of the loss, ()."""
     on_device = pack.to(state.device)
-    part = loss_sum(state.model, on_device, state.forward.loss_path) / label_tokens
+    with state.noise.on(on_device):
+        part = loss_sum(state.model, on_device, state.forward.loss_path) / label_tokens
     state.grad_scale.scale(part).backward()
     return part.detach()

@@ -40,6 +40,7 @@ SAMPLES: dict[str, Callable[[], list[Any]]] = {
     "rms_norm_backward": lambda: [*(2 * [normal(2, 3, 5)]), normal(6, 1).exp(), normal(5), "scale_before_cast"],
     "rotate": lambda: [normal(2, 5, 3, 8).transpose(1, 2), normal(1, 5, 8), normal(1, 5, 8, seed=1), True],
     "softmax_loss": lambda: [normal(3, 70), torch.tensor([[0], [69], [5]]), normal(70, seed=1), 2.0, 0.5, True],
+    "uniform_noise": lambda: [normal(3, 5), torch.tensor(11)],
     "quantize_nf4": lambda: [normal(130), torch.empty(65, dtype=torch.uint8), torch.empty(3)],
 }
 

@@ -42,7 +42,11 @@ SETTINGS: list[dict[str, dict[str, Any]]] = [
     {"training": {"activation_checkpointing": "none"}},
     {"training": {"activation_checkpointing": "full"}},
     {"training": {"activation_checkpointing": "full", "micro_batch_tokens": 256}, "adapter": {"rank": 16}},
-    {"training": {"activation_checkpointing": "none"}, "data": {"max_length": 256}, "adapter": {"dropout": 0.1}},
+    {
+        "training": {"activation_checkpointing": "none", "neftune_noise_alpha": 5.0},
+        "data": {"max_length": 256},
+        "adapter": {"dropout": 0.1},
+    },
     {"training": {"activation_checkpointing": "full"}, "data": {"max_length": 512}, "optimizer": {"name": "adamw"}},
     {
         "training": {"activation_checkpointing": "none"},

@@ -38,6 +38,7 @@ Config = Callable[..., RunConfig]
         ("training", {"max_steps": 9}, r"training\.max_steps: 8 → 9"),
         ("training", {"epochs": 2}, r"training\.epochs: 1 → 2"),
         ("training", {"global_batch_size": 4}, r"training\.global_batch_size: 3 → 4"),
+        ("training", {"neftune_noise_alpha": 5.0}, r"training\.neftune_noise_alpha: 0\.0 → 5\.0"),
         ("training", {"seed": 1}, r"training\.seed: 0 → 1"),
         ("model", {"compute_dtype": "bfloat16"}, r"model\.compute_dtype: auto → bfloat16"),
     ],

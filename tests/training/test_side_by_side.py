@@ -118,8 +118,9 @@ def test_parts_give_the_gradient_of_the_whole_in_every_family(
 
 @pytest.mark.parametrize("activations", slow_but(["none", "full", "offload", "tiled"], "full"))
 def test_a_run_whose_parts_run_at_once_resumes_bit_for_bit(config: Config, activations: str) -> None:
-    """With dropout too: each part draws from a generator of its own."""
-    changes = {"training": {"activation_checkpointing": activations}, "adapter": {"dropout": 0.2}}
+    """With dropout and noise too: each part draws from a generator of its own."""
+    training = {"activation_checkpointing": activations, "neftune_noise_alpha": 5.0}
+    changes = {"training": training, "adapter": {"dropout": 0.2}}
     whole = start_run(config("whole", **changes))
     whole.train(quiet)
     stopped = start_run(config("stopped", **changes))
