@@ -1,6 +1,7 @@
 """Measure the loading of a large base on a small machine: time and private memory, against transformers.
 
-    python -m benchmarks.load_7b [--size 7.4B] [--directory DIR] [--step [plain] [kept]] [--skip NAME ...] [--json]
+    python -m benchmarks.load_7b [--size 7.4B] [--directory DIR] [--step [plain] [kept]] [--starts NAME ...]
+                                 [--skip NAME ...] [--json]
 
 A Llama-shaped checkpoint of random weights is made (llama_checkpoint.py; 14.8 GB in bf16, eight shards). Then, each in
 a process of its own, one after the other:
@@ -13,7 +14,8 @@ a process of its own, one after the other:
 - kept: `load_base_model` of what that wrote, mapped and hashed, and once more, when it is known; and the peer's loading
   of the same, for which it was not written;
 - with --step: one optimizer step of 512 tokens, rank 16 on all linear layers, layers recomputed, model.embeddings=cpu
-  (in the checkpoint's dtype, with the same results), on the base from the 16-bit shards (plain) or from what was kept.
+  (in the checkpoint's dtype, with the same results), on the base from the 16-bit shards (plain) or from what was kept;
+- with --starts: `qlora quantize --init`, rank 16.
 
 The source is dropped from the page cache before each, as far as the system does that. Libraries are imported before
 time is taken; private memory is what no file backs, at its peak, imports and all. The goals: a sixth of the peer's
@@ -42,11 +44,12 @@ from benchmarks.processes import forget_pages, run_part
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.common.process_memory import return_freed_memory
 from qlora_trainer.config.load import make_config
-from qlora_trainer.config.schema import ModelConfig, RunConfig
+from qlora_trainer.config.schema import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.types import Example
 from qlora_trainer.model.load import Base, load_base_model
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
+from qlora_trainer.runs.base_start import quantize_with_start
 from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.state import build_state
 from qlora_trainer.training.step import train_step
@@ -64,6 +67,9 @@ LABELS = {
     "peer-kept": "transformers, kept in 4 bits",
     "step-plain": "a step of 512 tokens",
     "step-kept": "a step, base kept in 4 bits",
+    "start-olora": "qlora quantize --init olora",
+    "start-pissa": "qlora quantize --init pissa",
+    "start-loftq": "qlora quantize --init loftq",
 }
 TOKENS, RANK = 512, 16
 SPEEDUP, SPARE = 6, 10**9  # the goals
@@ -114,6 +120,16 @@ def quantize(directory: Path, source: str) -> dict[str, Any]:
     return {"written": report.bytes}
 
 
+def quantize_start(directory: Path, source: str) -> dict[str, Any]:
+    """Take a start out of the base; the goal is the memory that loading it may take."""
+    output, model = directory / f"start-{source}", ModelDirectory.open(directory / PLAIN)
+    shutil.rmtree(output, ignore_errors=True)
+    settings = AdapterConfig.model_validate({"init": source, "rank": RANK, "alpha": 2 * RANK})
+    report = quantize_with_start(model, output, settings, name=str(model.path), device=torch.device("cpu"))
+    largest = max(info.nbytes for info in model.tensors.values())
+    return {"written": report.bytes, "goal_peak": report.bytes + largest + SPARE}
+
+
 def take_step(directory: Path, source: str) -> dict[str, Any]:
     """Load, train one step, and report the step alone; the peak is of all."""
     config = step_config(directory / source)
@@ -135,6 +151,7 @@ MEASURED: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "peer": load_peer,
     "quantize": quantize,
     "step": take_step,
+    "start": quantize_start,
 }
 
 
@@ -190,6 +207,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, help="keep what is made here; default: a temporary one")
     parser.add_argument("--step", nargs="*", choices=(PLAIN, KEPT), help="take an optimizer step; plain by default")
+    parser.add_argument("--starts", nargs="*", choices=("olora", "pissa", "loftq"), default=[], help="take these out")
     parser.add_argument("--skip", nargs="*", choices=LABELS, default=[])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--run", choices=LABELS, help=argparse.SUPPRESS)
@@ -198,7 +216,8 @@ def main() -> None:
         print(json.dumps(measure_here(arguments.run, arguments.directory)))
         return
     steps = [] if arguments.step is None else arguments.step or [PLAIN]
-    wanted = [name for name in LABELS if not name.startswith("step-") or name.removeprefix("step-") in steps]
+    asked = {*(f"step-{base}" for base in steps), *(f"start-{start}" for start in arguments.starts)}
+    wanted = [name for name in LABELS if not name.startswith(("step-", "start-")) or name in asked]
     shape = SIZES[arguments.size]
     shape = dataclasses.replace(shape, vocabulary=arguments.vocabulary or shape.vocabulary)
     with tempfile.TemporaryDirectory() as temporary:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora_trainer.adapters.arithmetic.methods import CombineSettings
     from qlora_trainer.adapters.inject import (
         add_adapters,
         load_adapter_state,
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
     from qlora_trainer.config.schema import AdapterConfig, RunConfig
     from qlora_trainer.merging.merge_run import merge_run
     from qlora_trainer.runs.adapter_set import AdapterSet
+    from qlora_trainer.runs.combined import combine_runs
     from qlora_trainer.runs.start import resume_run, start_run
 
 _HOMES = {
     "AdapterConfig": "config.schema",
     "AdapterSet": "runs.adapter_set",
+    "CombineSettings": "adapters.arithmetic.methods",
     "QLoRATrainerError": "common.errors",
     "RunConfig": "config.schema",
     "add_adapters": "adapters.inject",
+    "combine_runs": "runs.combined",
     "load_adapter_state": "adapters.inject",
     "load_config": "config.load",
     "lora_state_dict": "adapters.inject",
@@ -40,9 +44,11 @@ _HOMES = {
 __all__ = [
     "AdapterConfig",
     "AdapterSet",
+    "CombineSettings",
     "QLoRATrainerError",
     "RunConfig",
     "add_adapters",
+    "combine_runs",
     "load_adapter_state",
     "load_config",
     "lora_state_dict",

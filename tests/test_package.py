@@ -152,7 +152,7 @@ def test_no_public_name_is_defined_in_two_files() -> None:
 # What a first line may begin with; add the verb that is missing.
 VERBS = """
 Adapt Add Advise Allocate Allow Answer Append Apply Ask Assert Assign Attach Attend Average Begin Bind Build Cache Call
-Cast Check Choose Clear Clip Clone Close Collect Compare Compile Compute Concatenate Configure Connect Continue
+Cast Check Choose Clear Clip Clone Close Collect Combine Compare Compile Compute Concatenate Configure Connect Continue
 Convert Copy Count Create Cut Decide Declare Decode Define Delete Dequantize Derive Describe Detect Determine
 Digest Disable Divide Download Draw Drop Emit Enable Encode End Ensure Enter Escape Estimate Evaluate Examine
 Execute Exit Expand Experiment Explain Export Extend Extract Fetch Fill Filter Find Fine-tune Finish Flatten

@@ -79,8 +79,9 @@ class LoRALinear(AdaptedLinear):
         use_rslora: bool,
         generator: torch.Generator,
         parts: Sequence[slice] = (),
+        is_gaussian: bool = False,
     ) -> Self:
-        """Wrap `base`, with A drawn as PEFT and the LoRA authors draw it (Kaiming-uniform), and B zero.
+        """Wrap `base`, with A drawn as PEFT draws it (Kaiming-uniform, or Gaussian of deviation 1 / R), and B zero.
 
         Args:
             base: as `is_linear` finds it.
@@ -90,13 +91,18 @@ class LoRALinear(AdaptedLinear):
             use_rslora: divide alpha by the root of the rank.
             generator: of the CPU; A is drawn from it.
             parts: the rows to adapt, of each part of a fused layer; none: all, as one.
+            is_gaussian: draw A from a normal distribution.
 
         Returns:
             The layer.
         """
         layer = cls(base, rank, alpha, dropout, use_rslora, parts)
-        bound = math.sqrt(1.0 / layer.lora_A.in_features)  # kaiming_uniform with a = sqrt(5)
-        drawn = torch.empty(layer.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
+        drawn = torch.empty(layer.lora_A.weight.shape)
+        if is_gaussian:
+            drawn.normal_(0.0, 1.0 / rank, generator=generator)
+        else:
+            bound = math.sqrt(1.0 / layer.lora_A.in_features)  # kaiming_uniform with a = sqrt(5)
+            drawn.uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             layer.lora_A.weight.copy_(drawn)
             layer.lora_B.weight.zero_()

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from qlora_trainer.cli.arguments import OnceCommand
+from qlora_trainer.cli.combine import combine
 from qlora_trainer.cli.console import open_closed_streams, print_error, say, write_out
 from qlora_trainer.cli.demo import demo
 from qlora_trainer.cli.doctor import doctor
@@ -77,6 +78,7 @@ for command in (  # in the order of --help; `_command` is added where the librar
     evaluate,
     generate,
     merge_command,
+    combine,
     inspect,
     plan,
     quantize,

@@ -21,15 +21,28 @@ def quantize(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where to quantize; auto: CUDA if there is a GPU.")
     ] = "auto",
+    init: Annotated[
+        Literal["olora", "pissa", "loftq"] | None,
+        typer.Option(help="Take this start of adapters out of the weights, for a run with that adapter.init."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Rank of that start; its alpha is twice the rank.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a model in 4 bits (NF4) that loads in seconds, here and in plain transformers with bitsandbytes.
 
-    It trains as the original does, and takes a third of its space.
+    It trains as the original does, and takes a third of its space. With --init it is what a start of adapters leaves of
+    the weights, and the start is next to it, in OUTPUT/start.
     """
     from qlora_trainer.common.atomic import refuse_existing
+    from qlora_trainer.common.errors import ConfigError
     from qlora_trainer.weights.place import local_model
 
+    if init and rank is None:
+        raise ConfigError(f"--init {init} needs --rank, such as --rank 16: that of the run's adapters.")
+    if rank is not None and not init:
+        raise ConfigError("--rank has no effect without --init; leave it out.")
     refuse_existing(output)
     local_model(model)  # before torch is imported
 
@@ -41,10 +54,27 @@ def quantize(
     left = f"A part of it may be left next to {output}; the next start deletes it."
     with ProgressBars("No 4-bit model is written.", left) as progress:
         directory = resolve_model(model, revision, user_cache(), progress)
-        report = quantize_checkpoint(directory, output, device=choose_device(device), progress=progress)
+        place = choose_device(device)
+        if init and rank:
+            from qlora_trainer.config.schema import AdapterConfig
+            from qlora_trainer.runs.base_start import quantize_with_start
+
+            settings = AdapterConfig(init=init, rank=rank, alpha=2.0 * rank)
+            report = quantize_with_start(
+                directory, output, settings, name=model, revision=revision, device=place, progress=progress
+            )
+        else:
+            report = quantize_checkpoint(directory, output, device=place, progress=progress)
     if as_json:
         write_out(json.dumps({"output": str(output), **report.to_json()}) + "\n")
         return
+    taken_out = []
+    if report.start:
+        error, plain = report.start["error"], report.start["plain_error"]
+        taken_out = [
+            ("start", f"{init} of rank {rank}, in {output}/start"),
+            ("error", f"{error:.2%} of the weights with the start; {plain:.2%} in plain NF4"),
+        ]
     print_table(
         f"4-bit model in {output}",
         [
@@ -54,6 +84,7 @@ def quantize(
                 f"{counted(report.dense, 'tensor')} as is",
             ),
             ("size", f"{gibibytes(report.bytes)}, of {gibibytes(report.source_bytes)}"),
+            *taken_out,
         ],
     )
     print_warnings(report.warnings)

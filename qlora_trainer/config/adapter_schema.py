@@ -17,7 +17,7 @@ _OF_LINEAR = ("target_modules", "layers_to_transform")  # of kinds that adapt li
 _OF_LORA = (*_OF_LINEAR, "bias", "rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
 _TOKENS = ("new_tokens", "trainable_tokens")  # of kinds whose file in PEFT's format has rows of tokens
 SETTINGS_OF_KIND: Mapping[str, tuple[str, ...]] = {
-    "lora": (*_OF_LORA, *_TOKENS, "fused_parts"),
+    "lora": (*_OF_LORA, *_TOKENS, "fused_parts", "init"),
     "dora": (*_OF_LORA, *_TOKENS),
     "ia3": (*_OF_LINEAR, "feedforward_modules"),
     "bottleneck": ("bottleneck_size", "activation", "placement"),
@@ -135,6 +135,12 @@ class AdapterConfig(Section):
         description="With adapter.prefix_projection: width of the MLP; its last matrix has so many rows, and a column "
         "for each number of a token's keys and values.",
     )
+    init: Literal["kaiming", "gaussian", "olora", "pissa", "loftq"] = Field(
+        "kaiming",
+        description="How the adapter starts. kaiming: A drawn uniformly, as in PEFT; gaussian: from a normal "
+        "distribution of deviation 1 / rank; B is zero. olora, pissa, loftq: a part of each weight, on a base that "
+        "--init of the command quantize made for it.",
+    )
     init_from: str | None = Field(
         None, description="Directory of a PEFT adapter to start from, with a fresh optimizer."
     )
@@ -242,6 +248,17 @@ class AdapterConfig(Section):
             raise ValueError(
                 "adapter.init_from names a file, which holds a prefix and no MLP that made it, so none can go on "
                 "training; set adapter.prefix_projection=false"
+            )
+        if self.init_from is not None and self.init != "kaiming":
+            raise ValueError(
+                f"adapter.init={self.init} has no effect with adapter.init_from, which has its values; leave it out"
+            )
+        if self.fused_parts and self.init not in ("kaiming", "gaussian"):
+            raise ValueError(f"adapter.init={self.init} splits whole weights; leave adapter.fused_parts out")
+        if self.trains_tokens and self.init not in ("kaiming", "gaussian"):
+            raise ValueError(
+                f"adapter.init={self.init} starts from a file, which has no rows of tokens; leave adapter.new_tokens "
+                "and adapter.trainable_tokens out"
             )
         if self.is_always_fp32 and self.dtype == "bfloat16":
             raise ValueError(

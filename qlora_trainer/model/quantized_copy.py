@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kernels.nf4 import NF4Weight
 from qlora_trainer.common.atomic import new_directory, refuse_existing, refuse_unwritable, remove_leftovers, write_text
 from qlora_trainer.common.errors import ModelError, OutputExistsError, memory_errors
+from qlora_trainer.common.hashing import values_sha256
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import dtype_name
 from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.model.device import choose_device, device_with_memory
 from qlora_trainer.model.fill import check_finite, quantize_arrival
+from qlora_trainer.model.fingerprint import BaseFingerprint, TensorFingerprint, make_fingerprint, tensor_fingerprint
 from qlora_trainer.model.load import Base, config_corrections, load_base_model, plan_base
 from qlora_trainer.model.load_plan import RECORD_NAME, LoadPlan, untied_warning
 from qlora_trainer.model.modules.experts import SplitExperts
@@ -62,6 +65,7 @@ class QuantizeReport:
     source_bytes: int  # of the checkpoint
     source_dtype: str  # that the weights were quantized from
     warnings: list[str]
+    start: Mapping[str, Any] | None = None  # what was taken out of the weights
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON's types.
@@ -72,6 +76,17 @@ class QuantizeReport:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class BaseStart:
+    """Hold how the start of an adapter is taken out of a base while it is quantized, and what is written of it."""
+
+    working_bytes: int  # that splitting the largest weight takes on the device
+    # (path of the layer, weight (O, I), the same in 4 bits, its name) -> what is left of it, in 4 bits
+    split: Callable[[str, Tensor, NF4Weight, str], NF4Weight]
+    # (directory of the copy, which base it is, which base it would be without a start) -> JSON values for the report
+    write: Callable[[Path, BaseFingerprint, BaseFingerprint], Mapping[str, Any]]
+
+
 def quantize_checkpoint(
     directory: ModelDirectory,
     output: Path,
@@ -79,6 +94,7 @@ def quantize_checkpoint(
     device: torch.device,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = silent,
+    start: BaseStart | None = None,
 ) -> QuantizeReport:
     """Write the model of `directory` in NF4 to `output`, a new or empty directory that appears when it is whole.
 
@@ -91,6 +107,7 @@ def quantize_checkpoint(
         device: to quantize on.
         max_shard_bytes: largest size of a file of weights, unless one tensor is larger.
         progress: is called as tensors are written.
+        start: is taken out of the weights.
 
     Returns:
         What was written.
@@ -102,7 +119,8 @@ def quantize_checkpoint(
     plan, model = plan_base(directory)
     if hindrance := _hindrance(plan, model):
         raise ModelError(f"{hindrance} Train from the checkpoint as it is.")
-    device = device_with_memory(plan.passing_bytes, device, f"Quantizing {directory}")
+    needed = plan.passing_bytes + (start.working_bytes if start else 0)
+    device = device_with_memory(needed, device, f"Quantizing {directory}")
     layers = linear_layers(model)
     specs = {info.name: _specs(info, plan) for info in plan.tensors.values()}
     written = [spec for found in specs.values() for spec in found]
@@ -117,7 +135,7 @@ def quantize_checkpoint(
             ShardWriter(work, written, max_shard_bytes) as writer,
             memory_errors(f"Quantizing {directory} on {device}"),
         ):
-            sources = _write_tensors(plan, writer, device, progress)
+            found = _write_tensors(plan, writer, device, progress, start)
         verify_files(work, written, writer.checksums, progress, "quantized model")
         copy_files(directory.path, copied, work)
         _write_config(plan, work, kept_dense)
@@ -131,8 +149,9 @@ def quantize_checkpoint(
                 *([untied_warning(directory, plan.untied[0])] if plan.untied else []),
                 *([FUSED_EXPERTS] if any(isinstance(module, SplitExperts) for module in model.modules()) else []),
             ],
+            start=start.write(work, found.base(plan, found.rest), found.base(plan, {})) if start else None,
         )
-        record = report.to_json() | {"model": str(directory.path.absolute()), "sources": sources}
+        record = report.to_json() | {"model": str(directory.path.absolute()), "sources": found.sources}
         write_text(work / RECORD_NAME, json.dumps(record, indent=1) + "\n")
     return report
 
@@ -235,9 +254,35 @@ def _named(info: TensorInfo, parts: dict[str, Tensor]) -> Iterator[tuple[str, Te
         yield (f"{info.name}.{key}" if key else info.name), part
 
 
-def _write_tensors(plan: LoadPlan, writer: ShardWriter, device: torch.device, progress: Progress) -> dict[str, str]:
-    """Write every tensor in the checkpoint's order; return the sha256 of each as it was on disk, by name."""
-    sources: dict[str, str] = {}
+@dataclass
+class _Written:
+    """Hold what identifies the tensors; but for `sources`, only where a start is taken out."""
+
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)  # sha256 as on disk, by the checkpoint's names
+    plain: dict[str, TensorFingerprint] = dataclasses.field(default_factory=dict)  # in 4 bits, by path
+    rest: dict[str, TensorFingerprint] = dataclasses.field(default_factory=dict)  # after the start was taken out
+    dense: dict[str, str] = dataclasses.field(default_factory=dict)  # sha256 by the model's names
+
+    def base(self, plan: LoadPlan, tensors: Mapping[str, TensorFingerprint]) -> BaseFingerprint:
+        """Return the base that has these tensors in the place of the plain ones.
+
+        Args:
+            plan: of the checkpoint.
+            tensors: by path.
+
+        Returns:
+            Its fingerprint.
+        """
+        both = {**self.plain, **tensors}
+        config = plan.directory.config_json
+        return make_fingerprint(config, plan.source_dtype, both, self.dense, self.sources, plan.renamed)
+
+
+def _write_tensors(
+    plan: LoadPlan, writer: ShardWriter, device: torch.device, progress: Progress, start: BaseStart | None
+) -> _Written:
+    """Write every tensor in the checkpoint's order."""
+    found = _Written()
     done, total = 0, sum(info.nbytes for info in plan.tensors.values())
     infos = list(plan.tensors.values())
     arrivals = stream_tensors(infos, device, stays_on_host=lambda info: info.name not in plan.four_bit)
@@ -246,20 +291,29 @@ def _write_tensors(plan: LoadPlan, writer: ShardWriter, device: torch.device, pr
             progress("quantizing", done, total)
             info = arrival.info
             assert arrival.sha256 is not None
-            sources[info.name] = arrival.sha256
+            found.sources[info.name] = arrival.sha256
             if info.name in plan.four_bit:
                 weight = quantize_arrival(arrival, plan)
+                if start is not None:
+                    path = plan.four_bit[info.name]
+                    found.plain[path] = tensor_fingerprint(weight)
+                    values = arrival.values.T if info.name in plan.transposed else arrival.values
+                    weight = start.split(path, values, weight, info.name)
+                    found.rest[path] = tensor_fingerprint(weight)
                 for name, part in _named(info, weight_to_checkpoint(weight, plan.source_dtype)):
                     writer.write(name, part)
             else:
                 if info.name in plan.dense:
                     check_finite(arrival.info, arrival.values)
+                    if start is not None:
+                        dense = plan.dense[info.name]
+                        found.dense[dense.names[0]] = values_sha256(arrival.host, dense.dtype)
                 for rows in row_blocks(info.shape):
                     block = arrival.host if rows is None else arrival.host[rows]
                     writer.write(info.name, block.clone())  # or what waits to be written would hold all of the tensor
             done += info.nbytes
             del arrival  # before the next one comes
-    return sources
+    return found
 
 
 def _linear_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -18,11 +18,12 @@ from qlora_trainer.runs.directory import read_base_record
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 
-def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDirectory) -> None:
+def check_settings(initial: StoredAdapter, source: Path, config: RunConfig, directory: ModelDirectory) -> None:
     """Compare rank, alpha, scaling rule, bias mode and layers; takes seconds, as an empty model has the same layers.
 
     Args:
         initial: the adapter to start from.
+        source: its directory.
         config: of the run.
         directory: of the run's model.
 
@@ -39,24 +40,25 @@ def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDi
             changes |= kind.targets_as_settings(model, config.adapter, initial.paths)
             if not changes:
                 raise AdapterError(
-                    f"The adapter {config.adapter.init_from} has {counted(len(initial.paths), 'adapted module')}, such "
+                    f"The adapter {source} has {counted(len(initial.paths), 'adapted module')}, such "
                     f"as {initial.paths[0]}, and this model would have {len(targets)}, such as {targets[0]}: it was "
                     "made for another architecture. Take the base that it was trained on."
                 )
     if changes:
         raise AdapterError(
-            f"The adapter {config.adapter.init_from} was made with other settings than this config has. To start from "
+            f"The adapter {source} was made with other settings than this config has. To start from "
             f"it, set {' '.join(override(*change) for change in changes.items())}."
         )
 
 
-def check_base(initial: StoredAdapter, config: RunConfig, base: BaseFingerprint) -> list[str]:
+def check_base(initial: StoredAdapter, source: Path, config: RunConfig, base: BaseFingerprint) -> list[str]:
     """Compare the base that an adapter was trained on with the run's.
 
     Errors are those of `compare_base`.
 
     Args:
         initial: the adapter to start from.
+        source: its directory.
         config: of the run.
         base: the fingerprint of the run's base.
 

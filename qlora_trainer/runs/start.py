@@ -40,6 +40,7 @@ from qlora_trainer.model.source import resolve_model
 from qlora_trainer.planning.fit import check_fits_here
 from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.planning.options import changed_options, options_in_words
+from qlora_trainer.runs.base_start import start_of_base
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.runs.directory import (
     RUN_CONFIG_NAME,
@@ -82,18 +83,21 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     check_files(config.data)  # before the model, which may take minutes to fetch or import
     device = _run_device(config)  # and a GPU that is asked for and not there
     with missing_files_name("adapter.init_from"):
-        initial = read_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
+        source = Path(config.adapter.init_from) if config.adapter.init_from else None
+        initial = read_adapter(source) if source else None
     with missing_files_name("model.name"):
         model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     config = _with_commit(config, model.path)
-    if initial:
-        check_settings(initial, config, model)
+    if start := start_of_base(model, config.adapter):
+        source, initial = start, read_adapter(start)
+    if source and initial:
+        check_settings(initial, source, config, model)
     tokenizer = run_tokenizer(model, config.adapter)
     renderer = run_renderer(config, tokenizer, model)
     config = _with_date(config, renderer)
     run = _assemble(config, directory, model, renderer, device, progress)
-    if initial:
-        run.warnings += check_base(initial, config, run.base.fingerprint)
+    if source and initial:
+        run.warnings += check_base(initial, source, config, run.base.fingerprint)
         check_token_ids(run.base.model, initial.config)
         load_adapter_state(run.base.model, initial.tensors)
     with new_directory(directory) as work:

@@ -9,7 +9,13 @@ import torch
 from tiny_models import FAMILIES
 from torch import nn
 
-from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, lora_state_dict
+from qlora_trainer.adapters.inject import (
+    adapter_state_dict,
+    add_adapters,
+    load_adapter_state,
+    lora_layers,
+    lora_state_dict,
+)
 from qlora_trainer.adapters.trainable import (
     BiasMode,
     check_trainable,
@@ -240,3 +246,24 @@ def test_the_library_names_are_where_they_are_promised() -> None:
 
     for name in qlora_trainer.__all__:
         assert callable(getattr(qlora_trainer, name)), name
+
+
+def test_a_gaussian_start_is_drawn_as_pefts_and_leaves_the_models_output() -> None:
+    """Of deviation 1 / R, and B zero."""
+    from peft import LoraConfig, get_peft_model
+
+    sizes: dict[str, Any] = {"rank": 8, "target_modules": ["0"]}
+    ours, theirs = nn.Sequential(nn.Linear(2048, 64)), nn.Sequential(nn.Linear(2048, 64))
+    x = torch.randn(3, 2048)
+    expected = ours(x)
+    add_adapters(ours, AdapterConfig(init="gaussian", **sizes), seed=1)
+    assert torch.equal(ours(x), expected)
+    drawn = lora_layers(ours)["0"].lora_A.weight.detach()
+    model = get_peft_model(theirs, LoraConfig(r=8, target_modules=["0"], init_lora_weights="gaussian"))
+    peft_drawn = model.base_model.model[0].lora_A["default"].weight.detach()
+    for values in (drawn, peft_drawn):  # 16,384 values: the deviation is known to 0.6 %
+        assert float(values.std()) == pytest.approx(1 / 8, rel=0.03)
+        assert float(values.abs().max()) > 3 / 8  # no uniform distribution of that deviation goes there
+    again = nn.Sequential(nn.Linear(2048, 64))
+    add_adapters(again, AdapterConfig(init="gaussian", **sizes), seed=1)
+    assert torch.equal(lora_layers(again)["0"].lora_A.weight, drawn)

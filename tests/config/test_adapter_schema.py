@@ -33,6 +33,7 @@ OTHER_VALUES: dict[str, Any] = {
     "prompt_init_text": "Answer.",
     "prefix_projection": True,
     "prefix_hidden_size": 8,
+    "init": "gaussian",
 }
 FOREIGN = [(kind, name) for kind in SETTINGS_OF_KIND for name in sorted(settings_of_others(kind))]
 
@@ -108,6 +109,7 @@ def test_a_prefix_takes_positions_of_the_model_and_no_tokens_of_rows() -> None:
         ({"new_tokens": {"<a>": " "}}, r"adapter\.new_tokens: gives '<a>' an empty text"),
         ({"trainable_tokens": ["the", "a", "the"]}, r"adapter\.trainable_tokens: names 'the' twice"),
         ({"trainable_tokens": [5]}, r"adapter\.trainable_tokens"),
+        ({"trainable_tokens": ["the"], "init": "pissa"}, r"adapter\.init=pissa starts from a file"),
     ],
 )
 def test_tokens_are_named_once_and_by_their_text(adapter: dict[str, Any], said: str) -> None:

@@ -23,6 +23,8 @@ from qlora_trainer.config.load import make_config
         ),
         ({"kind": "ia3", "rank": 8}, "adapter.rank has no effect with adapter.kind=ia3; leave it out"),
         ({"kind": "dora", "fused_parts": {"qkv": ["q"]}}, "adapter.fused_parts has no effect with adapter.kind=dora"),
+        ({"kind": "dora", "init": "gaussian"}, "adapter.init has no effect with adapter.kind=dora; leave it out"),
+        ({"init": "gaussian", "init_from": "a"}, "adapter.init=gaussian has no effect with adapter.init_from"),
         ({"activation": "gelu"}, "adapter.activation has no effect with adapter.kind=lora; leave it out"),
     ],
 )

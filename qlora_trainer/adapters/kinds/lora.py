@@ -60,6 +60,7 @@ class LoraKind(AdapterKind):
                 use_rslora=settings.use_rslora,
                 generator=generator,
                 parts=parts.get(path, ()),
+                is_gaussian=settings.init == "gaussian",
             )
             for part in (layer.lora_A, layer.lora_B):
                 part.weight = nn.Parameter(part.weight.detach().to(dtype))
