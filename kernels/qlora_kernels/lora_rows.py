@@ -28,7 +28,8 @@ FEW_OF_SEGMENT = 4
 """Tokens of a segment, on average, below which all adapters are multiplied at once on a CPU."""
 
 
-class RowAdapter(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class RowAdapter:
     """Hold what an adapter does to the rows that take it: output_scale * (x' W^T + scaling x' A^T B^T) + bias.
 
     x' is input_scale * x. What is None changes nothing.

@@ -9,6 +9,7 @@ Legend: O out features, I in features, R rank, N tokens.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -154,7 +155,7 @@ class DoRALinear(LoRALinear):
         Returns:
             That.
         """
-        return super().row_adapter()._replace(output_scale=self._factors().detach())
+        return replace(super().row_adapter(), output_scale=self._factors().detach())
 
     def fold(self) -> DoraFold:
         """Say what becomes of the layer's weight in a merge.
