@@ -11,7 +11,17 @@ from kinds_of_adapters import dense, differ_by
 from packed_losses import examples, loss_and_gradient
 from tiny_models import load
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, FalconConfig, GPT2Config, GPT2LMHeadModel, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    FalconConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    OPTConfig,
+)
 
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state
 from qlora_trainer.adapters.kinds.table import adapter_kind
@@ -89,6 +99,24 @@ def test_each_packed_document_has_the_logits_that_peft_gives_it_alone(
             padded = model(input_ids=torch.tensor([[*row, 0, 0]]), use_cache=False).logits[0, : len(row)]
         for found in (packed, alone, padded):
             assert differ_by(found, expected) < 1e-5
+
+
+def test_a_decoder_that_is_called_without_the_module_around_it_has_the_prefix(tmp_path: Path) -> None:
+    """OPT's language model calls the decoder inside of its base model."""
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "word_embed_proj_dim": 64}
+    model = biased(AutoModelForCausalLM.from_config(OPTConfig(vocab_size=128, ffn_dim=64, **shape)).eval())
+    base = copy.deepcopy(model)
+    add_adapters(model, settings())
+    theirs = PeftModel.from_pretrained(base, written(model, settings(), tmp_path))
+    ids = torch.tensor([ROWS[0]])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        assert differ_by(model(input_ids=ids).logits, expected) < 1e-5
+        assert differ_by(model.lm_head(model.base_model(input_ids=ids).last_hidden_state), expected) < 1e-5
+        assert differ_by(packed_logits(model, [ROWS[4], ROWS[0]])[1], expected[0]) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
@@ -256,8 +284,14 @@ def test_models_whose_attention_takes_no_prefix_are_refused_by_name(tiny_models:
     with pytest.raises(AdapterError, match="Linear is no model of transformers"):
         add_adapters(nn.Linear(8, 8), settings())
     mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2))
-    with pytest.raises(AdapterError, match=r"MambaForCausalLM cannot have a prefix: it has layers "):
+    with pytest.raises(
+        AdapterError, match=r"MambaForCausalLM cannot have a prefix: it has layers (without|that keep) "
+    ):
         add_adapters(mamba, settings())
+    other: Any = LlamaForCausalLM(LlamaConfig(**SMALL))
+    other.config.num_hidden_layers = 3
+    with pytest.raises(AdapterError, match="LlamaForCausalLM cannot have a prefix: it has no decoder that is given a"):
+        add_adapters(other, settings())
     latent = DeepseekV3Config(
         **SMALL,
         q_lora_rank=8,

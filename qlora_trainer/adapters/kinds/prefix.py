@@ -7,11 +7,12 @@ Legend: L layers, Hkv key heads, D numbers of a head.
 """
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from qlora_trainer.adapters.kinds.kind import AdapterKind, TextTokenizer, adapter_dtype
 from qlora_trainer.adapters.kinds.prefix_file import PrefixFileConfig
@@ -20,6 +21,7 @@ from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.common.units import counted
 from qlora_trainer.config.schema import AdapterConfig
+from qlora_trainer.model.modules.decoder_layers import decoder_layers
 from qlora_trainer.model.modules.packed_attention import head_sizes
 
 _PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")  # of transformers' cache: keys and values, and no more
@@ -43,6 +45,7 @@ class PrefixKind(AdapterKind):
             No paths.
         """
         _shape_of(model)
+        _decoder_of(model)
         return []
 
     def add(
@@ -62,7 +65,7 @@ class PrefixKind(AdapterKind):
             No paths: no layer is adapted.
         """
         shape = _shape_of(model)
-        decoder: Any = model.base_model
+        decoder = _decoder_of(model)
         projection = settings.prefix_hidden_size if settings.prefix_projection else None
         generator = torch.Generator().manual_seed(seed)
         options = {"dtype": adapter_dtype(settings), "device": decoder.device}
@@ -130,7 +133,7 @@ def _shape_of(model: Any) -> PrefixShape:
     """Read a model's config; AdapterError where it has no decoder whose every layer keeps keys and values."""
     name = type(model).__name__
     config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "base_model"):
+    if config is None or not isinstance(model, PreTrainedModel):
         raise AdapterError(f"{name} is no model of transformers, so it has no attention that takes a prefix.")
     text = config.get_text_config()
     sizes, layers = head_sizes(text), DynamicCache(config=text).layers
@@ -139,6 +142,20 @@ def _shape_of(model: Any) -> PrefixShape:
         has = f"layers that keep {others[0]}" if others else "layers without keys and values of their own"
         raise AdapterError(f"{name} cannot have a prefix: it has {has}. Choose another adapter.kind, or another base.")
     return PrefixShape(text.num_hidden_layers, *sizes[1:])
+
+
+def _decoder_of(model: Any) -> Any:
+    """Find the module that runs the decoder layers, which some models call without the module around it (OPT)."""
+    layers = decoder_layers(model)
+    for module in model.modules():
+        runs_them = any(isinstance(child, nn.ModuleList) and [*child] == layers for child in module.children())
+        takes_cache = "past_key_values" in signature(type(module).forward).parameters
+        if layers and runs_them and takes_cache and isinstance(module, PreTrainedModel):
+            return module
+    raise AdapterError(
+        f"{type(model).__name__} cannot have a prefix: it has no decoder that is given a cache. Choose another "
+        "adapter.kind, or another base."
+    )
 
 
 PREFIX_KIND = PrefixKind()
