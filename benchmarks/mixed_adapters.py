@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=4096, help="a multiple of 512")
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32], help="of a row")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16], help="of a row")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--without-peft", action="store_true")
