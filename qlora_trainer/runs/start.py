@@ -270,7 +270,7 @@ def _with_date(config: RunConfig, renderer: Renderer) -> RunConfig:
 
 
 def _refuse_other_kind(directory: Path, overrides: Sequence[str]) -> None:
-    """Refuse a changed adapter.kind by its name: a config that is wrong names only what the kind before leaves in it."""
+    """Refuse a changed adapter.kind by its name, where a config is refused for what the kind before leaves in it."""
     now = written_value(directory / RUN_CONFIG_NAME, overrides, "adapter.kind")
     if now not in [*ADAPTER_KINDS]:
         return

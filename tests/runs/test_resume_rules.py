@@ -77,7 +77,7 @@ def test_another_kind_is_refused_by_its_name_whatever_settings_are_left_of_the_o
     for kind in OF_KINDS.keys() - {"lora"}:
         with pytest.raises(CheckpointError, match=rf"different run:\n  - adapter\.kind: lora → {kind}\n"):
             resume_run(run.directory, [f"adapter.kind={kind}"])
-    with pytest.raises(ConfigError, match="adapter.kind"):
+    with pytest.raises(ConfigError, match=r"adapter\.kind"):
         resume_run(run.directory, ["adapter.kind=lorra"])
     edit_config(run.directory, "adapter", kind="ia3")
     with pytest.raises(CheckpointError, match=r"adapter\.kind: lora → ia3"):
