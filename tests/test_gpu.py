@@ -1,11 +1,10 @@
 """What only a GPU can show of a whole run: its plan, its paging, its resuming, its numbers. `make test-gpu` runs all.
 
 Operations and kernels are compared with their references in test_operations.py and test_triton_kernels.py, memory that
-runs out is provoked in test_recovery_from_real_failures.py, and copies to host memory in test_activations.py.
+runs out is provoked in test_recovery_from_real_failures.py, and copies to host memory in test_activations.py. Each kind
+of adapter is tried in test_gpu_kinds.py.
 """
 
-import gc
-import json
 import os
 import subprocess
 import sys
@@ -13,69 +12,48 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model_directory
-from tiny_runs import final_adapter, quiet
+from gpu_runs import (
+    assert_plan_is_what_torch_reserves,
+    assert_resumed_is_uninterrupted,
+    needs_cuda,
+    wide_model,
+    write_long_rows,
+)
+from tiny_runs import quiet
 
 from qlora_kernels.card import Card
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.planning.memory_plan import CUBLAS, plan_memory
+from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.planning.step_memory import PAGED
 from qlora_trainer.planning.workspaces import cublas_bytes
 from qlora_trainer.runs.metrics import read_metrics
-from qlora_trainer.runs.start import resume_run, start_run
+from qlora_trainer.runs.start import start_run
 from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.recovery import take_step
-from qlora_trainer.training.state import with_micro_batch, with_policy
 from qlora_trainer.training.step import accumulate_gradients
 from qlora_trainer.weights.model_directory import ModelDirectory
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = needs_cuda
 
 Config = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose step is far larger than the allocator's segments: two layers of an 8B's width by a quarter."""
-    shape: dict[str, Any] = {
-        "hidden_size": 1024,
-        "intermediate_size": 3584,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 2048,
-    }
-    return make_model_directory(tmp_path_factory.mktemp("models") / "wide", "llama", **shape)
+    return wide_model(tmp_path_factory.mktemp("models") / "wide")
 
 
 @pytest.fixture(scope="module")
 def long_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows that are all cut to the full length."""
-    path = tmp_path_factory.mktemp("rows") / "long.jsonl"
-    text = "the quick brown fox jumps over a lazy dog " * 500
-    path.write_text("".join(json.dumps({"text": f"{index} {text}"}) + "\n" for index in range(8)))
-    return path
-
-
-def clear() -> None:
-    """Let go of what tests before have left. cuBLAS' workspaces stay for good, so they are made first if need be."""
-    gc.collect()
-    small = torch.ones(64, 64, device="cuda", requires_grad=True)
-    (small @ small).sum().backward()
-    del small
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+    return write_long_rows(tmp_path_factory.mktemp("rows") / "long.jsonl")
 
 
 @pytest.mark.parametrize("level", ["none", "full", "offload", "tiled"])
 def test_a_plan_is_what_torch_reserves(tiny_config: Config, wide: Path, long_rows: Path, level: str) -> None:
     """Two steps of two rows of 2,048 tokens, each a micro-batch: within a twentieth and two segments."""
-    clear()
-    before = torch.cuda.memory_reserved()
     config = tiny_config(
         model={"name": str(wide), "device": "cuda"},
         adapter={"rank": 16},
@@ -87,16 +65,8 @@ def test_a_plan_is_what_torch_reserves(tiny_config: Config, wide: Path, long_row
             "micro_batch_tokens": 2048,
         },
     )
-    run = start_run(config)
-    run.train(quiet)
-    measured = torch.cuda.max_memory_reserved() - before
+    run = assert_plan_is_what_torch_reserves(config, level)
     assert run.state.policy.level == level
-    assert run.state.loader.micro_batch_tokens == 2048
-    plan = plan_memory(ModelDirectory.open(wide), with_policy(with_micro_batch(config, 2048, 2048), run.state.policy))
-    allowed = 0.05 * measured + 2 * 20 * 2**20
-    planned = plan.reserved - plan.components[CUBLAS]
-    print(f"{level}, without cuBLAS: planned {planned / 2**20:.0f} MiB, reserved {measured / 2**20:.0f} MiB")
-    assert abs(planned - measured) <= allowed
     run.release()
 
 
@@ -131,24 +101,11 @@ def test_a_deterministic_run_resumed_on_cuda_is_the_uninterrupted_one(
         "optimizer": {"name": optimizer},
         "training": {**policy.as_settings(), "global_batch_size": 2, "max_steps": 5, "deterministic": True},
     }
-    whole = start_run(tiny_config("whole", **changes))
-    assert not any("not deterministic" in warning for warning in whole.warnings)
-    whole.train(quiet)
+    whole, first, second = assert_resumed_is_uninterrupted(tiny_config, changes)
     assert max(whole.prepared.train.lengths) == 2048
-    assert not torch.are_deterministic_algorithms_enabled()
-    first = start_run(tiny_config("parts", **changes))
-    first.train(quiet, stop_after=3)
-    first.save()
     paged = first.state.optimizer.paged_bytes
-    second = resume_run(first.directory)
-    assert second.state.step == 3
     assert second.state.optimizer.paged_bytes == paged == whole.state.optimizer.paged_bytes
     assert (paged > 0) == optimizer.startswith("paged")
-    second.train(quiet)
-    wanted, found = final_adapter(whole.directory), final_adapter(second.directory)
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-    losses = [[r["loss"] for r in read_metrics(run.directory / "metrics.jsonl")] for run in (whole, second)]
-    assert losses[0] == losses[1]
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def gradients_of_one_step(config: RunConfig) -> tuple[float, list[Tensor]]:
     run = start_run(config)
     for group in run.state.groups:  # what starts at zero, such as lora_B, would hide errors in other gradients
         with torch.no_grad():
-            group.data.add_(torch.linspace(-0.05, 0.05, group.data.numel()))
+            group.data.add_(torch.linspace(-0.05, 0.05, group.data.numel()).to(group.data.device))
     frozen = dataclasses.replace(run.state, optimizer=NoUpdate(run.state.optimizer))  # type: ignore[arg-type]
     frozen.model.train()
     metrics = train_step(frozen, run.state.loader.next())

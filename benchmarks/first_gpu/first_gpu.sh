@@ -185,7 +185,7 @@ if [ -n "$MAKING" ]; then
 fi
 
 big 230 2k-full 2k-8gb profile 2k-none 16k-12gb resume generate paging keep_adapter
-pytests tests-runs 120 45 8 tests/test_gpu.py tests/training/test_recovery_from_real_failures.py tests/model/test_fill.py \
+pytests tests-runs 160 45 8 tests/test_gpu.py tests/test_gpu_kinds.py tests/training/test_recovery_from_real_failures.py tests/model/test_fill.py \
   tests/merging/test_streamed_model.py tests/model/modules/test_cpu_embedding.py tests/merging/test_fold.py tests/cli/test_doctor.py
 stage peer 110 45 "$PY" "$KIT/gpu_run.py" peer
 stage kernels 60 25 "$PY" "$KIT/gpu_run.py" kernels

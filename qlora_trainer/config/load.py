@@ -71,6 +71,26 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return raw, texts
 
 
+def written_value(path: Path, overrides: Iterable[str], key: str) -> Any:
+    """Read one value of a YAML config as it is written, though others may be wrong.
+
+    A file or an override that cannot be read raises ConfigError, as of `load_config`.
+
+    Args:
+        path: of the YAML file.
+        overrides: `section.key=value` of keys to set.
+        key: `section.key`.
+
+    Returns:
+        The value; None if neither the file nor an override has it.
+    """
+    raw, _ = _read_yaml(path)
+    for setting in overrides:
+        _apply_override(raw, setting, _UniqueKeyLoader)
+    node, leaf = _node(raw, key, key)
+    return node.get(leaf)
+
+
 def make_config(
     raw: Mapping[str, Any], origin: str = "the config", texts: Mapping[str, Any] | None = None
 ) -> RunConfig:

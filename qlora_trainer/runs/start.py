@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
-from qlora_trainer.adapters.kinds.table import adapter_kind
+from qlora_trainer.adapters.kinds.table import ADAPTER_KINDS, adapter_kind
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.adapters.tokens.new_tokens import run_tokenizer
 from qlora_trainer.adapters.tokens.put_tokens import check_token_ids
 from qlora_trainer.common.atomic import new_directory, refuse_existing
 from qlora_trainer.common.cache import user_cache
-from qlora_trainer.common.errors import CheckpointError, missing_files_name
+from qlora_trainer.common.errors import CheckpointError, ConfigError, missing_files_name
 from qlora_trainer.common.process_memory import (
     private_bytes,
     return_freed_memory,
@@ -27,7 +27,7 @@ from qlora_trainer.common.process_memory import (
     use_one_arena,
 )
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.config.load import save_config
+from qlora_trainer.config.load import save_config, written_value
 from qlora_trainer.config.override import override
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.source_keys import check_files
@@ -122,7 +122,11 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     Raises:
         CheckpointError: the checkpoint belongs to other data, another base, or other settings.
     """
-    config = read_run_config(directory, overrides)
+    try:
+        config = read_run_config(directory, overrides)
+    except ConfigError:
+        _refuse_other_kind(directory, overrides)
+        raise
     read_samples(directory)  # a damaged file is reported here, not when training ends
     found = newest_checkpoint(directory)
     tensors, state = load_checkpoint(found.path)
@@ -135,12 +139,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
         if not any(change.startswith(f"{key}:") for change in refused)
     ]
     if refused:
-        changes = "\n".join(f"  - {change}" for change in refused)
-        raise CheckpointError(
-            f"These settings differ from those of {found.path} and would make it a different run:\n{changes}\n"
-            f"Put them back in {directory / RUN_CONFIG_NAME}, or start a new run with "
-            f"{override('adapter.init_from', str(found.path))}"
-        )
+        raise CheckpointError(_another_run(directory, found.path, refused))
     check_files(config.data)
     device = _run_device(config)
     with missing_files_name("model.name"):
@@ -268,3 +267,24 @@ def _with_commit(config: RunConfig, path: Path) -> RunConfig:
 def _with_date(config: RunConfig, renderer: Renderer) -> RunConfig:
     """Set the day of the run's start for a chat template that writes today's date, so that a resumed run repeats it."""
     return config.replace({"data.template_date": renderer.template_date}) if renderer.template_date else config
+
+
+def _refuse_other_kind(directory: Path, overrides: Sequence[str]) -> None:
+    """Refuse a changed adapter.kind by its name, where a config is refused for what the kind before leaves in it."""
+    now = written_value(directory / RUN_CONFIG_NAME, overrides, "adapter.kind")
+    if now not in [*ADAPTER_KINDS]:
+        return
+    found = newest_checkpoint(directory)
+    was = load_checkpoint(found.path)[1]["config"]["adapter"]["kind"]
+    if now != was:
+        raise CheckpointError(_another_run(directory, found.path, [f"adapter.kind: {was} → {now}"]))
+
+
+def _another_run(directory: Path, checkpoint: Path, refused: Sequence[str]) -> str:
+    """Say which settings may not change, and what to do."""
+    changes = "\n".join(f"  - {change}" for change in refused)
+    return (
+        f"These settings differ from those of {checkpoint} and would make it a different run:\n{changes}\n"
+        f"Put them back in {directory / RUN_CONFIG_NAME}, or start a new run with "
+        f"{override('adapter.init_from', str(checkpoint))}"
+    )

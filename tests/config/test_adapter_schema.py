@@ -1,10 +1,11 @@
 """Promises of the adapter's settings: each belongs to some kinds, and has an effect or is refused."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from minimal_config import MINIMAL
 
 from qlora_trainer.common.errors import ConfigError
 from qlora_trainer.config.adapter_schema import SETTINGS_OF_KIND, AdapterConfig, settings_of_others
@@ -39,13 +40,14 @@ FOREIGN = [(kind, name) for kind in SETTINGS_OF_KIND for name in sorted(settings
 
 
 def config_of(**adapter: Any) -> RunConfig:
-    return make_config({"model": {"name": "m"}, "data": {"train": "rows.jsonl"}, "adapter": adapter})
+    return make_config({**MINIMAL, "adapter": adapter})
 
 
 def test_each_setting_belongs_to_all_kinds_or_is_in_the_table() -> None:
     of_kinds = {name for names in SETTINGS_OF_KIND.values() for name in names}
     assert AdapterConfig.model_fields.keys() - of_kinds == {"kind", "dtype", "init_from"}
     assert of_kinds == OTHER_VALUES.keys()
+    assert SETTINGS_OF_KIND.keys() == {*get_args(AdapterConfig.model_fields["kind"].annotation)}
 
 
 @pytest.mark.parametrize(("kind", "name"), FOREIGN)
@@ -60,6 +62,13 @@ def test_a_setting_of_another_kind_is_refused_unless_at_its_default(kind: str, n
 def test_several_settings_of_another_kind_are_named_together() -> None:
     with pytest.raises(ConfigError, match=r"adapter\.rank and adapter\.bias have no effect with .*; leave them out$"):
         config_of(kind="prompt", bias="all", rank=2)
+
+
+def test_settings_that_go_with_the_kind_or_the_start_in_another_way_are_refused_too() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.init=gaussian has no effect with adapter\.init_from"):
+        config_of(init="gaussian", init_from="a")
+    with pytest.raises(ConfigError, match=r"optimizer\.lora_plus_ratio has no effect with adapter\.kind=bottleneck"):
+        make_config({**MINIMAL, "adapter": {"kind": "bottleneck"}, "optimizer": {"lora_plus_ratio": 4.0}})
 
 
 @pytest.mark.parametrize("kind", SETTINGS_OF_KIND)

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from marks import slow_but
-from stored_adapters import store_adapter
+from stored_adapters import Tokens, store_adapter
 from tiny_models import load
 from torch import Tensor
 
 from qlora_kernels.nf4 import dequantize_nf4
 from qlora_trainer.adapters.several import mixed
 from qlora_trainer.adapters.several.mixed import RowsLinear
+from qlora_trainer.adapters.trainable import leading_ids
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.load import Base
@@ -37,7 +38,10 @@ OTHERS: dict[str, dict[str, Any]] = {
 UNMIXABLE: dict[str, dict[str, Any]] = {
     "bottleneck": {"kind": "bottleneck", "bottleneck_size": 8},
     "prompt": {"kind": "prompt", "virtual_tokens": 3},
+    "prefix": {"kind": "prefix", "virtual_tokens": 3},
+    "tokens": {"rank": 2, "trainable_tokens": ["<a>", "<b>"]},
 }
+TOKENS = Tokens({"<a>": 5, "<b>": 40})
 
 
 def settings_for(family: str, name: str) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def sets(tiny_models: Models, tmp_path_factory: pytest.TempPathFactory) -> Calla
             made[family] = AdapterSet(base)
             folder = tmp_path_factory.mktemp(family)
             for seed, name in enumerate({**LORA, **OTHERS, **UNMIXABLE}):
-                path = store_adapter(folder / name, base, seed, **settings_for(family, name))
+                path = store_adapter(folder / name, base, seed, tokenizer=TOKENS, **settings_for(family, name))
                 made[family].load_adapter(path, name)
         assert made[family].active is None
         return made[family]
@@ -243,20 +247,29 @@ def test_prompts_that_would_be_sorted_away_from_their_adapters_are_refused(
 
 
 @pytest.mark.parametrize("name", UNMIXABLE)
-def test_a_kind_that_cannot_share_a_batch_is_refused_by_its_name(name: str, sets: Callable[[str], AdapterSet]) -> None:
+def test_an_adapter_that_cannot_share_a_batch_is_refused_by_its_name(
+    name: str, sets: Callable[[str], AdapterSet]
+) -> None:
     adapters, input_ids = sets("llama"), ids(2)
-    refused = rf"cannot take the adapter '{name}' next to others: it is of kind {name}, and only lora, dora, ia3 can"
+    reason = f"it is of kind {name}, and only lora, dora, ia3 can"
+    if name == "tokens":
+        reason = r"it trained biases of the base, or rows of tokens, which all rows share\. Give it a batch of its own"
+    refused = rf"cannot take the adapter '{name}' next to others: {reason}"
     with pytest.raises(AdapterError, match=refused), adapters.rows(["all", name]):
         pass
     prompts = [PromptTokens([5, 6], [2]), PromptTokens([7], [2])]
     with pytest.raises(AdapterError, match=refused):
         adapters.answers(prompts, ["all", name], None, max_new_tokens=2)
     assert adapters.active is None
+    plain = logits(adapters.model, input_ids)
     adapters.set_adapter(name)
-    expected = logits(adapters.model, input_ids)
+    leading = torch.tensor(leading_ids(adapters.model), dtype=torch.int64).expand(2, -1)
+    with_leading = torch.cat([leading, input_ids], dim=1)
+    expected = logits(adapters.model, with_leading)
     adapters.set_adapter(None)
+    assert (expected[:, leading.shape[1] :] - plain).abs().max() > 0.01 * plain.abs().max(), "the adapter must matter"
     with adapters.rows([name, name]):
-        assert torch.equal(logits(adapters.model, input_ids), expected)
+        assert torch.equal(logits(adapters.model, with_leading), expected)
 
 
 def test_an_adapter_that_trained_biases_cannot_share_a_batch(tiny_models: Models, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from kind_cases import CASES
 from marks import needs_compiler
 from tiny_runs import edit_config, final_adapter, no_load, quiet
 
-from qlora_trainer.common.errors import CheckpointError
+from qlora_trainer.common.errors import CheckpointError, ConfigError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.resume_rules import (
@@ -53,6 +54,33 @@ def test_a_setting_that_would_make_another_run_is_refused_on_resume(
         resume_run(run.directory, [f"{section}.{key}={json.dumps(value)}"])
     edit_config(run.directory, section, **fields)
     with pytest.raises(CheckpointError, match=change):
+        resume_run(run.directory)
+
+
+OF_KINDS = {case.settings["kind"]: case.settings for case in CASES.values() if case.tokenizer is None}
+
+
+@pytest.mark.parametrize("was", OF_KINDS)
+def test_another_kind_of_adapter_is_another_run(was: str, tiny_config: Config) -> None:
+    saved = tiny_config(adapter=OF_KINDS[was]).model_dump(mode="json")
+    for now, settings in OF_KINDS.items():
+        refused, _ = config_changes(saved, tiny_config(adapter=settings))
+        assert [change for change in refused if "kind" in change] == [f"adapter.kind: {was} → {now}"] * (now != was)
+
+
+def test_another_kind_is_refused_by_its_name_whatever_settings_are_left_of_the_one_before(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start_run(tiny_config())
+    assert run.config.adapter.rank == 4, "which other kinds do not have"
+    monkeypatch.setattr(runs, "load_base", no_load)
+    for kind in OF_KINDS.keys() - {"lora"}:
+        with pytest.raises(CheckpointError, match=rf"different run:\n  - adapter\.kind: lora → {kind}\n"):
+            resume_run(run.directory, [f"adapter.kind={kind}"])
+    with pytest.raises(ConfigError, match=r"adapter\.kind"):
+        resume_run(run.directory, ["adapter.kind=lorra"])
+    edit_config(run.directory, "adapter", kind="ia3")
+    with pytest.raises(CheckpointError, match=r"adapter\.kind: lora → ia3"):
         resume_run(run.directory)
 
 

@@ -19,8 +19,12 @@ from qlora_trainer.adapters.kinds.table import adapter_kind
 from qlora_trainer.adapters.peft_format import read_adapter, write_adapter
 from qlora_trainer.adapters.trainable import leading_ids, trainable_parameters
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.forward import examine_forward
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.runs.start import resume_run, start_run
+from qlora_trainer.runs.trained import evaluate_trained, open_trained
+from qlora_trainer.training.evaluation import eval_loss, eval_prompts
+from qlora_trainer.training.generation import generate_answers
 from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.training.patches import patch_model
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -120,6 +124,32 @@ def test_the_plan_counts_what_a_run_trains(
     assert plan.adapter_parameters == sum(tensor.numel() for tensor in trained.values())
     assert plan.components["adapters"] == sum(group.data.nbytes for group in run.state.groups)
     assert plan.base_parameters == sum(info.numel for info in run.base.directory.tensors.values())
+
+
+@pytest.mark.slow
+@each_kind
+def test_an_opened_run_evaluates_and_answers_as_its_model_in_memory(case: KindCase, tiny_config: Config) -> None:
+    run = start_run(tiny_config(adapter=case.settings, training={"max_steps": 2}))
+    away_from_its_start(run.base.model)
+    assert run.train(quiet)
+    opened = open_trained(run.directory)
+    fresh = load(run.base.directory.path).model
+    add_adapters(fresh, case.config, tokenizer=opened.renderer.tokenizer)
+
+    def measured(model: Any) -> tuple[float, list[str]]:
+        """The eval loss, and the answers to four prompts of the eval rows."""
+        loss = eval_loss(model, run.prepared.eval, examine_forward(model), 128)
+        prompts = [one.tokens for one in eval_prompts(opened.renderer, run.prepared.eval)]
+        return loss, generate_answers(model, opened.renderer.tokenizer, prompts, max_new_tokens=8)
+
+    loss, answers = measured(run.base.model)
+    found, given = measured(opened.base.model)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert given == answers
+    without, others = measured(fresh.eval())
+    assert abs(without - loss) > 1e-3 * loss, "the adapter must matter"
+    assert others != answers
+    assert evaluate_trained(opened)["eval_loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def plain_model(family: str) -> Any:
