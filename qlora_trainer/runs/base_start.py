@@ -150,6 +150,23 @@ def start_of_base(directory: ModelDirectory, settings: AdapterConfig) -> Path | 
     Raises:
         AdapterError: the settings ask for a start that the base has not, or not for the one that was taken out of it.
     """
+    record = check_start(directory, settings)
+    return None if record is None else _checked_start(directory.path, record)
+
+
+def check_start(directory: ModelDirectory, settings: AdapterConfig) -> Mapping[str, Any] | None:
+    """Refuse settings that begin otherwise than a base is made for; only its record is read, no weights.
+
+    Args:
+        directory: of the model.
+        settings: the config's section `adapter`.
+
+    Returns:
+        What the record says of the base's start; None where it has none, or a run goes on from another adapter.
+
+    Raises:
+        AdapterError: the settings ask for a start that the base has not, or not for the one that was taken out of it.
+    """
     record = _start_record(directory.path)
     if record is None:
         if settings.init in STARTS:
@@ -167,7 +184,7 @@ def start_of_base(directory: ModelDirectory, settings: AdapterConfig) -> Path | 
             f"{directory} is what a start of {found} left of a base, and is whole only with it. Set "
             f"adapter.init={found}, or train on the original base."
         )
-    return _checked_start(directory.path, record)
+    return record
 
 
 def taken_out_of(directory: Path) -> tuple[StoredAdapter, BaseOfRun] | None:
