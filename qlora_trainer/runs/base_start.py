@@ -32,10 +32,12 @@ from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import AdapterError, CheckpointError
 from qlora_trainer.common.file_identity import file_sha256
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.common.units import counted
 from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.model.empty import empty_model
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.load_plan import RECORD_NAME
+from qlora_trainer.model.modules.nf4_linear import linear_layers
 from qlora_trainer.model.quantized_copy import BaseStart, QuantizeReport, quantize_checkpoint
 from qlora_trainer.runs.directory import MAX_RECORD_BYTES, BaseRecord, write_base_record
 from qlora_trainer.weights.listing import read_json_object
@@ -84,12 +86,19 @@ def quantize_with_start(
         What was written; `start` has init, rank, and the relative errors of base + start and of plain NF4.
 
     Raises:
-        AdapterError: the settings do not fit the model, or a layer is smaller than the rank.
+        AdapterError: the settings do not fit the model, a layer stays dense, or is smaller than the rank.
     """
     if settings.init not in STARTS or settings.fused_parts:
         raise AdapterError(f"adapter.init={settings.init} takes nothing out of a base. Choose {', '.join(STARTS)}.")
     model = empty_model(directory, stored=directory.tensors)
+    four_bit = linear_layers(model).keys()
     paths = add_adapters(model, settings.model_copy(update={"init": "kaiming"}), seed)
+    if dense := [path for path in paths if path not in four_bit]:
+        raise AdapterError(
+            f"{dense[0]} is adapted and stays dense in the 4-bit copy, as {counted(len(dense), 'layer')} of "
+            f"{len(paths)} here: starts are taken out of 4-bit weights alone. Set adapter.init=kaiming for a run on the "
+            "original base, or call quantize_with_start in Python with target_modules that leave such layers out."
+        )
     layers = lora_layers(model)
     for path, layer in layers.items():
         smallest = min(layer.lora_A.in_features, layer.out_features)
@@ -117,7 +126,7 @@ def quantize_with_start(
     def write(work: Path, rest: BaseFingerprint, original: BaseFingerprint) -> Mapping[str, Any]:
         start = work / START_NAME
         start.mkdir()
-        assert len(tensors) == 2 * len(paths), "each adapted layer is 4-bit"
+        assert len(tensors) == 2 * len(paths), "each adapted layer was split"
         named = {"base_model_name_or_path": str(output.absolute()), "revision": None}
         write_adapter(start, tensors, adapter_kind(settings).file_config(settings, model, tensors, paths, named))
         write_base_record(start, BaseRecord(rest, 0, START_NAME, ""))

@@ -11,7 +11,7 @@ from json_docs import documented
 from safetensors.torch import load_file, save_file
 from tiny_models import load
 from tiny_runs import final_adapter, no_load, quiet
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import read_adapter
@@ -19,6 +19,7 @@ from qlora_trainer.common.errors import AdapterError, CheckpointError
 from qlora_trainer.config.schema import AdapterConfig, RunConfig
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
+from qlora_trainer.runs import base_start
 from qlora_trainer.runs import start as starting
 from qlora_trainer.runs.base_start import quantize_with_start, taken_out_of
 from qlora_trainer.runs.directory import read_base_record
@@ -182,6 +183,17 @@ def test_a_rank_beyond_a_layers_size_is_refused_before_anything_is_read(tiny_lla
     with pytest.raises(AdapterError, match=r"adapter\.init=gaussian takes nothing out of a base"):
         copy_of(tiny_llama, tmp_path / "copy", "gaussian")
     assert not (tmp_path / "copy").exists()
+
+
+def test_an_adapted_layer_that_stays_dense_is_refused_before_any_weight_is_split(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["down_proj"])
+    with monkeypatch.context() as patch:
+        patch.setattr(base_start, "quantize_checkpoint", no_load)
+        with pytest.raises(AdapterError, match=r"layers\.0\.mlp\.down_proj is adapted and stays dense .* 2 layers of 14"):
+            copy_of(tiny_llama, tmp_path / "copy", "pissa")
+    copy_of(tiny_llama, tmp_path / "copy", "pissa", target_modules=["q_proj"])  # as the message says
 
 
 @pytest.mark.slow
