@@ -15,7 +15,7 @@ Left out: how a weight is split (adapters/arithmetic/starts.py), and writing the
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from qlora_trainer.common.errors import AdapterError, CheckpointError
 from qlora_trainer.common.file_identity import file_sha256
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import counted
+from qlora_trainer.config.override import override
 from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.model.empty import empty_model
 from qlora_trainer.model.fingerprint import BaseFingerprint
@@ -47,6 +48,8 @@ START_NAME = "start"
 ORIGINAL_NAME = "original.json"
 _COPIES = 4  # of the largest weight in fp32, while it is split
 _ADVICE = "Make the copy again."
+# Settings that a start has, next to init and rank.
+_OF_START = ("target_modules", "layers_to_transform", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias")
 
 
 class BaseOfRun(NamedTuple):
@@ -96,8 +99,8 @@ def quantize_with_start(
     if dense := [path for path in paths if path not in four_bit]:
         raise AdapterError(
             f"{dense[0]} is adapted and stays dense in the 4-bit copy, as {counted(len(dense), 'layer')} of "
-            f"{len(paths)} here: starts are taken out of 4-bit weights alone. Set adapter.init=kaiming for a run on the "
-            "original base, or call quantize_with_start in Python with target_modules that leave such layers out."
+            f"{len(paths)} here: starts are taken out of 4-bit weights alone. Set adapter.init=kaiming for a run on "
+            "the original base, or call quantize_with_start in Python with target_modules that leave such layers out."
         )
     layers = lora_layers(model)
     for path, layer in layers.items():
@@ -183,6 +186,7 @@ def check_start(directory: ModelDirectory, settings: AdapterConfig) -> Mapping[s
             raise AdapterError(
                 f"adapter.init={settings.init} begins on a 4-bit copy of the base that was made for it, and "
                 f"{directory} is none. Make one with `{command} --output COPY`, and set model.name=COPY."
+                f"{_other_settings(settings)}"
             )
         return None
     if settings.init_from is not None:
@@ -194,6 +198,19 @@ def check_start(directory: ModelDirectory, settings: AdapterConfig) -> Mapping[s
             f"adapter.init={found}, or train on the original base."
         )
     return record
+
+
+def command_settings(init: Literal["olora", "pissa", "loftq"], rank: int) -> AdapterConfig:
+    """Return the adapter whose start the command quantize takes out of a base.
+
+    Args:
+        init: the start.
+        rank: of all layers.
+
+    Returns:
+        The settings.
+    """
+    return AdapterConfig(init=init, rank=rank, alpha=2.0 * rank)
 
 
 def taken_out_of(directory: Path) -> tuple[StoredAdapter, BaseOfRun] | None:
@@ -221,6 +238,20 @@ def taken_out_of(directory: Path) -> tuple[StoredAdapter, BaseOfRun] | None:
             f"{path} should describe the original base, but does not: {error!r}. {_ADVICE}"
         ) from error
     return read_adapter(start), original
+
+
+def _other_settings(settings: AdapterConfig) -> str:
+    """Say which settings of a run are others than those of the command's start."""
+    assert settings.init in ("olora", "pissa", "loftq")
+    made = command_settings(settings.init, settings.rank)
+    if settings.target_modules == "all-linear":
+        made = made.model_copy(update={"target_modules": "all-linear"})  # another name of auto
+    changes = {name: getattr(made, name) for name in _OF_START if getattr(made, name) != getattr(settings, name)}
+    if not changes:
+        return ""
+    words = " ".join(override(f"adapter.{name}", value) for name, value in changes.items())
+    own = "" if "bias" in changes else ", or make the copy for this run's own by quantize_with_start in Python"
+    return f" Its start is for settings other than this run's: set {words} too{own}."
 
 
 def _square(values: Tensor) -> float:
