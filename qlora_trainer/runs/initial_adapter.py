@@ -65,7 +65,6 @@ def check_base(initial: StoredAdapter, source: Path, config: RunConfig, base: Ba
     Returns:
         Warnings: one if the adapter was made by another program and names another base.
     """
-    source = Path(str(config.adapter.init_from))
     return compare_base(initial, source, config.model.name, base, "Set model.name to that base.")
 
 
