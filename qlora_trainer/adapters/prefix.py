@@ -168,12 +168,12 @@ class PrefixEncoder(AdapterModule):
             begin_with_prefix(cache, self.by_layer(), decoder.dtype, tokens.shape[0])  # type: ignore[arg-type]
         return (), given
 
-    def _mask_with_prefix(self, mask: Tensor) -> Tensor:
-        """Let all tokens see the prefix."""
-        if mask.ndim != 2:
+    def _mask_with_prefix(self, mask: Any) -> Tensor:
+        """Let all tokens see the prefix; masks that transformers would take as they are have no place for it."""
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            of = f"of {mask.ndim} dimensions" if isinstance(mask, Tensor) else f"of the type {type(mask).__name__}"
             raise AdapterError(
-                f"A model with a prefix takes an attention mask of (rows, tokens), and was given one of "
-                f"{mask.ndim} dimensions."
+                f"A model with a prefix takes an attention mask of (rows, tokens), and was given one {of}."
             )
         return torch.cat([mask.new_ones(mask.shape[0], self.positions_before), mask], dim=1)
 

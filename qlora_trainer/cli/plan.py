@@ -66,15 +66,18 @@ def plan(
     check_model(settings)
 
     from qlora_trainer.adapters.kinds.table import adapter_kind
+    from qlora_trainer.adapters.tokens.new_tokens import check_tokens
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.errors import ConfigError, missing_files_name
     from qlora_trainer.common.units import parse_bytes
+    from qlora_trainer.model.load_plan import RECORD_NAME
     from qlora_trainer.model.source import CONFIG_FILES, TOKENIZER_FILES, resolve_model
     from qlora_trainer.planning import fit as fitting
     from qlora_trainer.planning.memory_plan import Budget, plan_memory
     from qlora_trainer.planning.other_ways import FULL, estimate_in_words, parts_of, side_by_side
     from qlora_trainer.planning.speed.cards import card_named
     from qlora_trainer.planning.variants import with_least_memory
+    from qlora_trainer.runs.base_start import check_start
     from qlora_trainer.runs.pace import hours_to_plan, knows_device, pace_to_plan
     from qlora_trainer.training.memory.activations import spare_host_memory
 
@@ -89,8 +92,11 @@ def plan(
     with ProgressBars("Nothing was changed.") as progress:
         with missing_files_name("model.name"):
             reads_rows = has_rows and budget and knows_device(settings, named)
-            files = TOKENIZER_FILES if reads_rows else CONFIG_FILES
+            reads_tokens = reads_rows or settings.adapter.trains_tokens
+            files = TOKENIZER_FILES if reads_tokens else (*CONFIG_FILES, RECORD_NAME)
             directory = resolve_model(settings.model.name, settings.model.revision, user_cache(), progress, files=files)
+        check_start(directory, settings.adapter)  # what a run refuses
+        check_tokens(directory, settings.adapter)
         pace = pace_to_plan(settings, directory if reads_rows else None, named, progress) if budget else None
         progress("planning memory", 0, None)
         if budget:

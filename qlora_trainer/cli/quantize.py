@@ -26,7 +26,8 @@ def quantize(
         typer.Option(help="Take this start of adapters out of the weights, for a run with that adapter.init."),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Rank of that start; its alpha is twice the rank.")
+        int | None,
+        typer.Option(min=1, max=1024, help="Rank of that start, of all linear layers; its alpha is twice the rank."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -56,10 +57,9 @@ def quantize(
         directory = resolve_model(model, revision, user_cache(), progress)
         place = choose_device(device)
         if init and rank:
-            from qlora_trainer.config.schema import AdapterConfig
-            from qlora_trainer.runs.base_start import quantize_with_start
+            from qlora_trainer.runs.base_start import command_settings, quantize_with_start
 
-            settings = AdapterConfig(init=init, rank=rank, alpha=2.0 * rank)
+            settings = command_settings(init, rank)
             report = quantize_with_start(
                 directory, output, settings, name=model, revision=revision, device=place, progress=progress
             )

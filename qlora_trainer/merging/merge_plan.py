@@ -35,6 +35,7 @@ from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.load import config_corrections
 from qlora_trainer.model.tokenizer import TOKENIZER_NAME
 from qlora_trainer.weights.listing import checkpoint_name
+from qlora_trainer.weights.model_config import vocabulary_corrections
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import same_values
 from qlora_trainer.weights.side_files import files_to_copy, refuse_full_disk
@@ -272,11 +273,12 @@ def _token_rows(inputs: MergeInputs) -> dict[str, MergedTokens]:
     return found
 
 
-def _vocabulary(base: ModelDirectory, tensors: Sequence[TensorPlan]) -> dict[str, int]:
-    """Return the key of config.json that says how many rows embedding and head have, where they get more."""
+def _vocabulary(base: ModelDirectory, tensors: Sequence[TensorPlan]) -> dict[str, Any]:
+    """Return the keys of config.json that say how many rows embedding and head have, where they get more."""
     heights = {plan.output.shape[0] for plan in tensors if plan.tokens}
+    assert len(heights) < 2, f"embedding and LM head have one vocabulary, not {sorted(heights)}"
     changed = heights - {base.facts.vocabulary}
-    return {"vocab_size": changed.pop()} if changed else {}
+    return vocabulary_corrections(base.config_json, base.config(), changed.pop()) if changed else {}
 
 
 def _refuse_tied(base: ModelDirectory, folds: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ clearly worse it is refused. The plan is made once, before a weight is read, and
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,10 +165,19 @@ def _merge_run(
         report = write()
     corrected = [
         f"config.json of the merged model says {key}: {value}, as its weights are, and the base's does not."
-        for key, value in run.plan.config_corrections.items()
+        for key, value in _changed_values(run.plan.inputs.base.config_json, run.plan.config_corrections)
     ]
     unknown = stops_unknown_to_llama_cpp(run.plan.output, sample.stops)
     return Deployment(report, choice, difference, [*run.warnings, *corrected, *unknown])
+
+
+def _changed_values(before: Mapping[str, Any], corrections: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys that are other than before, those of a part by the part's name too."""
+    for key, value in corrections.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", new) for inner, new in _changed_values(before[key], value))
+        elif before.get(key) != value:
+            yield key, value
 
 
 def refuse_out_of_range(seen: ActivationRange, dtype: torch.dtype) -> None:

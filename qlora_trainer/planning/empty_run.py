@@ -182,7 +182,10 @@ def as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
 
 
 class _AnyTokenizer:
-    """Take the place of a tokenizer: a plan depends on no values. New tokens are behind the embedding's rows.
+    """Take the place of a tokenizer: a plan depends on no values.
+
+    All new tokens are behind the embedding's rows. A run first takes rows that the embedding has beyond its tokenizer,
+    so its matrices are lower than planned, by a row for each new token at most; the same number of rows trains.
 
     Args:
         settings: the config's section `adapter`, whose tokens it has.

@@ -15,7 +15,7 @@ Left out: how a weight is split (adapters/arithmetic/starts.py), and writing the
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +32,13 @@ from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import AdapterError, CheckpointError
 from qlora_trainer.common.file_identity import file_sha256
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.common.units import counted
+from qlora_trainer.config.override import override
 from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.model.empty import empty_model
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.load_plan import RECORD_NAME
+from qlora_trainer.model.modules.nf4_linear import linear_layers
 from qlora_trainer.model.quantized_copy import BaseStart, QuantizeReport, quantize_checkpoint
 from qlora_trainer.runs.directory import MAX_RECORD_BYTES, BaseRecord, write_base_record
 from qlora_trainer.weights.listing import read_json_object
@@ -45,6 +48,8 @@ START_NAME = "start"
 ORIGINAL_NAME = "original.json"
 _COPIES = 4  # of the largest weight in fp32, while it is split
 _ADVICE = "Make the copy again."
+# Settings that a start has, next to init and rank.
+_OF_START = ("target_modules", "layers_to_transform", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias")
 
 
 class BaseOfRun(NamedTuple):
@@ -84,12 +89,19 @@ def quantize_with_start(
         What was written; `start` has init, rank, and the relative errors of base + start and of plain NF4.
 
     Raises:
-        AdapterError: the settings do not fit the model, or a layer is smaller than the rank.
+        AdapterError: the settings do not fit the model, a layer stays dense, or is smaller than the rank.
     """
     if settings.init not in STARTS or settings.fused_parts:
         raise AdapterError(f"adapter.init={settings.init} takes nothing out of a base. Choose {', '.join(STARTS)}.")
     model = empty_model(directory, stored=directory.tensors)
+    four_bit = linear_layers(model).keys()
     paths = add_adapters(model, settings.model_copy(update={"init": "kaiming"}), seed)
+    if dense := [path for path in paths if path not in four_bit]:
+        raise AdapterError(
+            f"{dense[0]} is adapted and stays dense in the 4-bit copy, as {counted(len(dense), 'layer')} of "
+            f"{len(paths)} here: starts are taken out of 4-bit weights alone. Set adapter.init=kaiming for a run on "
+            "the original base, or call quantize_with_start in Python with target_modules that leave such layers out."
+        )
     layers = lora_layers(model)
     for path, layer in layers.items():
         smallest = min(layer.lora_A.in_features, layer.out_features)
@@ -117,7 +129,7 @@ def quantize_with_start(
     def write(work: Path, rest: BaseFingerprint, original: BaseFingerprint) -> Mapping[str, Any]:
         start = work / START_NAME
         start.mkdir()
-        assert len(tensors) == 2 * len(paths), "each adapted layer is 4-bit"
+        assert len(tensors) == 2 * len(paths), "each adapted layer was split"
         named = {"base_model_name_or_path": str(output.absolute()), "revision": None}
         write_adapter(start, tensors, adapter_kind(settings).file_config(settings, model, tensors, paths, named))
         write_base_record(start, BaseRecord(rest, 0, START_NAME, ""))
@@ -150,6 +162,23 @@ def start_of_base(directory: ModelDirectory, settings: AdapterConfig) -> Path | 
     Raises:
         AdapterError: the settings ask for a start that the base has not, or not for the one that was taken out of it.
     """
+    record = check_start(directory, settings)
+    return None if record is None else _checked_start(directory.path, record)
+
+
+def check_start(directory: ModelDirectory, settings: AdapterConfig) -> Mapping[str, Any] | None:
+    """Refuse settings that begin otherwise than a base is made for; only its record is read, no weights.
+
+    Args:
+        directory: of the model.
+        settings: the config's section `adapter`.
+
+    Returns:
+        What the record says of the base's start; None where it has none, or a run goes on from another adapter.
+
+    Raises:
+        AdapterError: the settings ask for a start that the base has not, or not for the one that was taken out of it.
+    """
     record = _start_record(directory.path)
     if record is None:
         if settings.init in STARTS:
@@ -157,6 +186,7 @@ def start_of_base(directory: ModelDirectory, settings: AdapterConfig) -> Path | 
             raise AdapterError(
                 f"adapter.init={settings.init} begins on a 4-bit copy of the base that was made for it, and "
                 f"{directory} is none. Make one with `{command} --output COPY`, and set model.name=COPY."
+                f"{_other_settings(settings)}"
             )
         return None
     if settings.init_from is not None:
@@ -167,7 +197,20 @@ def start_of_base(directory: ModelDirectory, settings: AdapterConfig) -> Path | 
             f"{directory} is what a start of {found} left of a base, and is whole only with it. Set "
             f"adapter.init={found}, or train on the original base."
         )
-    return _checked_start(directory.path, record)
+    return record
+
+
+def command_settings(init: Literal["olora", "pissa", "loftq"], rank: int) -> AdapterConfig:
+    """Return the adapter whose start the command quantize takes out of a base.
+
+    Args:
+        init: the start.
+        rank: of all layers.
+
+    Returns:
+        The settings.
+    """
+    return AdapterConfig(init=init, rank=rank, alpha=2.0 * rank)
 
 
 def taken_out_of(directory: Path) -> tuple[StoredAdapter, BaseOfRun] | None:
@@ -195,6 +238,20 @@ def taken_out_of(directory: Path) -> tuple[StoredAdapter, BaseOfRun] | None:
             f"{path} should describe the original base, but does not: {error!r}. {_ADVICE}"
         ) from error
     return read_adapter(start), original
+
+
+def _other_settings(settings: AdapterConfig) -> str:
+    """Say which settings of a run are others than those of the command's start."""
+    assert settings.init in ("olora", "pissa", "loftq")
+    made = command_settings(settings.init, settings.rank)
+    if settings.target_modules == "all-linear":
+        made = made.model_copy(update={"target_modules": "all-linear"})  # another name of auto
+    changes = {name: getattr(made, name) for name in _OF_START if getattr(made, name) != getattr(settings, name)}
+    if not changes:
+        return ""
+    words = " ".join(override(f"adapter.{name}", value) for name, value in changes.items())
+    own = "" if "bias" in changes else ", or make the copy for this run's own by quantize_with_start in Python"
+    return f" Its start is for settings other than this run's: set {words} too{own}."
 
 
 def _square(values: Tensor) -> float:

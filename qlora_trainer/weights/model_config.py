@@ -146,6 +146,29 @@ def rope_settings(config: Any) -> list[Mapping[str, Any]]:
     return [each for each in rope.values() if isinstance(each, Mapping)] or [rope]
 
 
+def vocabulary_corrections(config_json: Mapping[str, Any], config: Any, rows: int) -> dict[str, Any]:
+    """Find what to write in a config.json so that it says another size of the vocabulary.
+
+    Args:
+        config_json: what it holds; not changed.
+        config: transformers' config of it.
+        rows: of embedding and LM head.
+
+    Returns:
+        The keys with the values to write: of the part for text where the file has one, and of the whole where that
+        says a size too.
+    """
+    text = config.get_text_config()
+    name = text.attribute_map.get("vocab_size", "vocab_size")
+    names = {"vocab_size", name, *(other for other, known in text.attribute_map.items() if known == name)}
+    parts = [key for key, value in vars(config).items() if value is text and isinstance(config_json.get(key), Mapping)]
+    found: dict[str, Any] = dict.fromkeys(names & config_json.keys() or ([] if parts else [name]), rows)
+    for key in parts:
+        part = config_json[key]
+        found[key] = {**part, **dict.fromkeys(names & part.keys() or [name], rows)}
+    return found
+
+
 def _with_floats(value: Any) -> Any:
     """Copy nested JSON, with the floats JSON has no words for, which transformers writes as {"__float__": "NaN"}."""
     if isinstance(value, Mapping):

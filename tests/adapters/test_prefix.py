@@ -178,6 +178,9 @@ def test_rows_that_are_padded_on_the_left_have_the_logits_of_those_alone(tiny_mo
         assert differ_by(both[1], model(input_ids=ids[1:]).logits[0]) < 1e-5
     with pytest.raises(AdapterError, match="given one of 4 dimensions"):
         model(input_ids=ids, attention_mask=torch.ones(2, 1, 5, 5))
+    by_layer_type = {"full_attention": torch.ones(2, 1, 5, 5)}  # as transformers 5 takes masks too
+    with pytest.raises(AdapterError, match=r"takes an attention mask of \(rows, tokens\), .* one of the type dict"):
+        model(input_ids=ids, attention_mask=by_layer_type)
 
 
 def test_the_prefix_is_drawn_from_the_seed_as_peft_draws_its_own(tiny_models: Models) -> None:

@@ -1,6 +1,8 @@
 """qlora plan says by what a micro-batch was chosen, or why it is one longest row."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from cards import a_card_is_here
 
 from qlora_trainer.cli.plan import describe
+from qlora_trainer.model.load_plan import RECORD_NAME
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory
 from qlora_trainer.planning.speed.candidates import Pace
@@ -100,3 +103,50 @@ def test_a_card_by_name_is_no_host(qlora: Qlora, tiny_llama: Path) -> None:
     code, _, reported = qlora("plan", "--model", tiny_llama, "--gpu", "4090", "model.device=cpu")
     assert code == 2
     assert "--gpu names a GPU, and model.device=cpu plans host memory" in reported
+
+
+@pytest.mark.parametrize("by", ["rows", "no rows"])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("adapter.trainable_tokens=[<no-such-token>]", "names '<no-such-token>', which is no token"),
+        ("adapter.new_tokens=[<|im_end|>]", "names '<|im_end|>', which the tokenizer of"),
+        ("adapter.init=pissa", "adapter.init=pissa begins on a 4-bit copy of the base that was made for it"),
+    ],
+)
+def test_what_training_refuses_of_tokens_and_starts_is_refused_before_anything_is_planned(
+    qlora: Qlora, config_file: Path, tiny_llama: Path, paces: list[Pace | None], setting: str, message: str, by: str
+) -> None:
+    source: list[object] = [config_file] if by == "rows" else ["--model", tiny_llama]
+    code, _, refused = qlora("plan", *source, setting, *FULL)
+    assert code == 2
+    assert message in refused
+    assert not paces
+    if by == "rows":
+        code, _, refused_by_train = qlora("train", config_file, setting)
+        assert code == 2
+        assert shown(refused) == shown(refused_by_train)
+
+
+def test_a_plan_on_a_copy_without_its_start_is_refused(
+    qlora: Qlora, tiny_llama: Path, tmp_path: Path, paces: list[Pace | None]
+) -> None:
+    copy = shutil.copytree(tiny_llama, tmp_path / "copy")
+    (copy / RECORD_NAME).write_text(json.dumps({"start": {"init": "pissa", "rank": 4}}))
+    code, _, refused = qlora("plan", "--model", copy, *FULL)
+    assert code == 2
+    assert "is what a start of pissa left of a base, and is whole only with it. Set adapter.init=pissa" in refused
+    assert not paces
+    code, _, reported = qlora("plan", "--model", copy, "adapter.init=pissa", "--gpu", "4090", *FULL)
+    assert code == 0, reported
+
+
+def test_tokens_of_a_model_without_a_tokenizer_are_planned(
+    qlora: Qlora, tiny_llama: Path, tmp_path: Path, paces: list[Pace | None]
+) -> None:
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tiny_llama / "config.json", tmp_path / "bare")
+    tokens = "adapter.new_tokens=[<a>]"
+    code, _, reported = qlora("plan", "--model", tmp_path / "bare", "--gpu", "4090", tokens, *FULL)
+    assert code == 0, reported
+    assert len(paces) == 1

@@ -1,6 +1,7 @@
 """A start that changes the base: its copy is known, a run on it begins with the start, and all commands find both."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from json_docs import documented
 from safetensors.torch import load_file, save_file
 from tiny_models import load
 from tiny_runs import final_adapter, no_load, quiet
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.common.errors import AdapterError, CheckpointError
+from qlora_trainer.config.load import load_config, save_config
 from qlora_trainer.config.schema import AdapterConfig, RunConfig
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
+from qlora_trainer.runs import base_start
 from qlora_trainer.runs import start as starting
 from qlora_trainer.runs.base_start import quantize_with_start, taken_out_of
 from qlora_trainer.runs.directory import read_base_record
@@ -143,6 +146,37 @@ def test_a_start_without_a_copy_of_its_own_is_refused_with_the_command_that_make
         with pytest.raises(AdapterError) as refused:
             start_run(tiny_config(model={"name": str(name)}, adapter={"init": "pissa"}))
         assert f"quantize {name} --init pissa --rank 4 --output COPY`, and set model.name=COPY" in str(refused.value)
+        assert "other than this run's" not in str(refused.value)
+
+
+OTHERS = {"target_modules": ["q_proj"], "alpha": 4, "rank_pattern": {"q_proj": 2}, "use_rslora": True}
+
+
+@pytest.mark.parametrize("changes", [OTHERS, {"bias": "lora_only", "layers_to_transform": [1]}], ids=str)
+def test_the_command_for_a_copy_comes_with_the_settings_that_its_start_is_for(
+    changes: dict[str, Any], qlora: Qlora, tiny_config: Config, tiny_llama: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(adapter={"init": "pissa", **changes})
+    with pytest.raises(AdapterError) as refused:
+        start_run(config)
+    message = str(refused.value)
+    command, _, settings = message.partition("`")[2].partition(" --output COPY`")
+    typed = shlex.split(command)
+    code, _, reported = qlora(*typed[typed.index("quantize") :], "--output", tmp_path / "copy")
+    assert code == 0, reported
+    words = shlex.split(settings.partition(": set ")[2].partition(" too")[0])
+    save_config(config, tmp_path / "others.yaml")
+    with pytest.raises(AdapterError, match="was made with other settings"):
+        start_run(load_config(tmp_path / "others.yaml", [f"model.name={tmp_path / 'copy'}"]))
+    assert start_run(load_config(tmp_path / "others.yaml", [f"model.name={tmp_path / 'copy'}", *words]))
+    assert ("quantize_with_start in Python" in message) == ("bias" not in changes), "which a start has none of"
+
+
+def test_the_function_named_with_the_command_makes_the_copy_for_a_runs_own_settings(
+    tiny_config: Config, tiny_llama: Path, tmp_path: Path
+) -> None:
+    copy_of(tiny_llama, tmp_path / "copy", "pissa", **OTHERS)
+    assert start_run(tiny_config(model={"name": str(tmp_path / "copy")}, adapter={"init": "pissa", **OTHERS}))
 
 
 @pytest.mark.slow
@@ -182,6 +216,19 @@ def test_a_rank_beyond_a_layers_size_is_refused_before_anything_is_read(tiny_lla
     with pytest.raises(AdapterError, match=r"adapter\.init=gaussian takes nothing out of a base"):
         copy_of(tiny_llama, tmp_path / "copy", "gaussian")
     assert not (tmp_path / "copy").exists()
+
+
+def test_an_adapted_layer_that_stays_dense_is_refused_before_any_weight_is_split(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["down_proj"])
+    with monkeypatch.context() as patch:
+        patch.setattr(base_start, "quantize_checkpoint", no_load)
+        with pytest.raises(
+            AdapterError, match=r"layers\.0\.mlp\.down_proj is adapted and stays dense .* 2 layers of 14"
+        ):
+            copy_of(tiny_llama, tmp_path / "copy", "pissa")
+    copy_of(tiny_llama, tmp_path / "copy", "pissa", target_modules=["q_proj"])  # as the message says
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
 """What a config.json says of its model is read by its meaning, and what cannot be is refused by key and value."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import GPT2Config, LlamaConfig, MistralConfig
 
 from qlora_trainer.common.errors import ModelError
-from qlora_trainer.weights.model_config import make_model_config, read_facts, rope_settings
+from qlora_trainer.weights.model_config import make_model_config, read_facts, rope_settings, vocabulary_corrections
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 70, "max_position_embeddings": 64}
 COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
@@ -91,3 +92,29 @@ def test_settings_of_rotary_embeddings_are_one_or_one_for_each_kind_of_layer() -
     assert rope_settings(config) == [{"rope_type": "default"}, one]
     config.rope_parameters = None
     assert rope_settings(config) == []
+
+
+@pytest.mark.parametrize(
+    ("config_json", "corrections"),
+    [
+        (LLAMA, {"vocab_size": 90}),
+        ({"model_type": "xlm", "n_words": 70}, {"n_words": 90}),
+        ({"model_type": "gpt2"}, {"vocab_size": 90}),
+        (
+            {"model_type": "gemma3", "text_config": {"vocab_size": 70, "num_hidden_layers": 2}},
+            {"text_config": {"vocab_size": 90, "num_hidden_layers": 2}},
+        ),
+        (
+            {"model_type": "fuyu", "vocab_size": 70, "text_config": {"model_type": "persimmon", "vocab_size": 70}},
+            {"vocab_size": 90, "text_config": {"model_type": "persimmon", "vocab_size": 90}},
+        ),
+        ({"model_type": "fuyu", "vocab_size": 70}, {"vocab_size": 90}),
+    ],
+    ids=str,
+)
+def test_a_longer_vocabulary_is_written_wherever_the_config_says_its_size(
+    config_json: dict[str, Any], corrections: dict[str, Any]
+) -> None:
+    found = vocabulary_corrections(config_json, make_model_config(config_json, Path("model")), 90)
+    assert found == corrections
+    assert read_facts(make_model_config({**config_json, **found}, Path("model"))).vocabulary == 90

@@ -5,6 +5,7 @@ show it. Their ids are those that the tokenizer's library gives, the ones after 
 has beyond its tokenizer are taken first. In files only the lists of added tokens change, by these.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import tokenizers
 
 from qlora_trainer.adapters.tokens.token_choice import choose_tokens
 from qlora_trainer.common.boundary import library_boundary
-from qlora_trainer.common.errors import AdapterError
+from qlora_trainer.common.errors import AdapterError, ModelError
 from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.model.tokenizer import TOKENIZER_NAME, load_tokenizer, own_tokenizer
 from qlora_trainer.weights.listing import read_json_object
@@ -44,6 +45,20 @@ def run_tokenizer(directory: ModelDirectory, settings: AdapterConfig) -> Any:
     if settings.trains_tokens:  # what is wrong with them is said before any weight is read
         choose_tokens(settings, tokenizer, directory.facts.vocabulary or len(tokenizer))
     return tokenizer
+
+
+def check_tokens(directory: ModelDirectory, settings: AdapterConfig) -> None:
+    """Refuse tokens that the tokenizer of a model directory has or has not; one without a tokenizer is passed over.
+
+    What is wrong with them is an AdapterError.
+
+    Args:
+        directory: of the model.
+        settings: the config's section `adapter`.
+    """
+    if settings.trains_tokens:
+        with contextlib.suppress(ModelError):
+            run_tokenizer(directory, settings)
 
 
 def add_new_tokens(tokenizer: Any, directory: ModelDirectory, tokens: Sequence[str]) -> None:

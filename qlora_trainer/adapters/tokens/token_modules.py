@@ -181,7 +181,8 @@ class TokenHead(_TokenModule):
             Logits, (..., height), in the dtype of `hidden`.
         """
         logits = self.base(hidden)
-        logits = F.pad(logits, (0, self.height - logits.shape[-1]))
+        if (new := self.height - logits.shape[-1]) > 0:  # else F.pad would copy the logits
+            logits = F.pad(logits, (0, new))
         own = hidden @ self.trained_rows.values.to(hidden.dtype).T
         return logits.index_copy(-1, self.ids, own)
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from spying import noting
 from tiny_models import load, make_model_directory
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state
 from qlora_trainer.adapters.tokens.new_tokens import run_tokenizer
@@ -63,6 +65,28 @@ def test_the_gradient_of_the_embedding_is_right_in_fp64(scale: Any) -> None:
         return torch.func.functional_call(module, {"values": values}, (ids,))
 
     assert torch.autograd.gradcheck(embedded, module.values.detach().requires_grad_())
+
+
+@pytest.mark.parametrize("ids", [[2, 7, 10], [2, 7, 11, 12]], ids=["rows that exist", "new rows"])
+def test_the_head_computes_the_logits_of_its_whole_matrix_and_copies_them_to_lengthen_them_alone(
+    ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(4, 11, bias=False, dtype=torch.float64).requires_grad_(False)
+    height = max(11, ids[-1] + 1)
+    head = TokenHead(base, ids, height, torch.randn(len(ids), 4, dtype=torch.float64))
+    hidden = torch.randn(2, 3, 4, dtype=torch.float64)
+    padded: list[object] = []
+    monkeypatch.setattr(F, "pad", noting(F.pad, lambda logits, size: padded.append(size)))
+    found = head(hidden)
+    assert padded == ([] if height == 11 else [(0, height - 11)])
+    matrix = torch.cat([base.weight, base.weight.new_zeros(height - 11, 4)]).index_copy(0, head.ids, head.values)
+    torch.testing.assert_close(found, hidden @ matrix.T, rtol=0, atol=1e-14)
+
+    def computed(hidden: Tensor, values: Tensor) -> Tensor:
+        return torch.func.functional_call(head, {"values": values}, (hidden,))
+
+    assert torch.autograd.gradcheck(computed, (hidden.requires_grad_(), head.values.detach().requires_grad_()))
 
 
 HELD = [
