@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from tiny_runs import final_adapter, quiet
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -220,8 +221,8 @@ def test_an_expression_in_a_pattern_of_peft_is_refused(name: str) -> None:
     "adapter",
     [
         {"layers_to_transform": [3, 4]},
-        {"rank_pattern": {"layers.4.mlp.up_proj": 2}},
-        {"target_modules": r".*\.4\..*_proj"},
+        slow({"rank_pattern": {"layers.4.mlp.up_proj": 2}}),
+        slow({"target_modules": r".*\.4\..*_proj"}),
     ],
     ids=["layers", "pattern", "expression"],
 )

@@ -7,6 +7,8 @@ import pytest
 from benchmarks.host_overhead import Counts, count_forward, count_ours, count_peer, tiny_directory
 from qlora_trainer.planning.speed.rates import LAYER_OPERATIONS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def layer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counts]:

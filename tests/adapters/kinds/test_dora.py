@@ -164,6 +164,7 @@ def test_norms_follow_the_adapter_in_evaluation_and_after_a_step(tiny_config: Co
     assert torch.equal(logits_of(run.base.model.eval()), logits_of(fresh))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_counts_as_planned_and_merges(
     tiny_config: Config, tiny_llama: Path, tmp_path: Path
 ) -> None:

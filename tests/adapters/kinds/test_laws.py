@@ -36,8 +36,9 @@ FAMILIES = ["llama", "gpt2"]  # rotary positions, and trained ones
 each_kind = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 OF_PEFT = {name: case for name, case in CASES.items() if case.peft_config}
 each_kind_of_peft = pytest.mark.parametrize("case", OF_PEFT.values(), ids=OF_PEFT)
-# Rows of tokens are LoRA next to them: whole runs with them are tried with new ones too, in tests/runs.
-_RUNS = [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name == "tokens")) for name, case in CASES.items()]
+# Whole runs of one kind that adapts layers and of one that is put before rows are quick; LoRA's are in tests/training.
+_QUICK = ("dora", "prefix")
+_RUNS = [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name not in _QUICK)) for name, case in CASES.items()]
 each_kinds_run = pytest.mark.parametrize("case", _RUNS)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
