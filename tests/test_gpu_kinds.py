@@ -1,4 +1,4 @@
-"""What only a GPU can show of each kind of adapter: its step, its plan, its resuming, and rows that share a batch.
+"""Try of each kind of adapter what only a GPU can show: its step, its plan, its resuming, and rows that share a batch.
 
 The laws that need no GPU are in tests/adapters/kinds/test_laws.py.
 """

@@ -42,7 +42,7 @@ from qlora_trainer.training.generation import generate_answers
 from qlora_trainer.training.patches import GatedMLP
 
 _On = str | tuple[str | None, ...] | None
-"""What is on: one adapter for all rows, the adapter of each row, or none."""
+"""One adapter for all rows, the adapter of each row, or none."""
 
 
 class AdapterSet:

@@ -127,7 +127,7 @@ def split_loftq(
 
 
 STARTS: dict[str, Start] = {"olora": split_olora, "pissa": split_pissa, "loftq": split_loftq}
-"""What changes the base, by the value of adapter.init."""
+"""Functions that take a start out of a weight, by the value of adapter.init."""
 
 
 def _nearest(matrix: Tensor, rank: int, scaling: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qlora_trainer.adapters.kinds.kind import AdapterKind, adapter_dtype
 from qlora_trainer.adapters.kinds.prompt_embedding import PromptEmbedding
 from qlora_trainer.adapters.kinds.prompt_file import PromptFileConfig
+from qlora_trainer.adapters.prefix import FILE_TENSOR
 from qlora_trainer.adapters.tokens.token_choice import TextTokenizer
 from qlora_trainer.adapters.trainable import mark_only_lora_as_trainable
 from qlora_trainer.common.errors import AdapterError
@@ -91,7 +92,7 @@ class PromptKind(AdapterKind):
         Returns:
             The file's config.
         """
-        prompt = tensors["prompt_embeddings"]
+        prompt = tensors[FILE_TENSOR]
         config: Any = model.config
         text = config.get_text_config()
         is_text = settings.prompt_init_text is not None
